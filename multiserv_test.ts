@@ -741,16 +741,21 @@ runTest("--verbose logs every request to stderr", async () => {
   );
 });
 
-runTest(
-  "without --verbose requests leave no line, delayed ones neither",
-  async () => {
-    const { port, kill, ended } = await running(1);
-    await get(`http://localhost:${port}/?delay=1`);
-    await get(`http://localhost:${port}/?delay=1`);
-    kill("SIGTERM");
-    assertEquals((await ended).stderr, "");
-  },
-);
+runTest("without --verbose no request leaves a line", async () => {
+  const { port, kill, ended } = await running(1);
+  await get(`http://localhost:${port}/?delay=1`);
+  await get(`http://localhost:${port}/?delay=1`);
+  const leaving = await dial(port);
+  leaving.write("GET /?delay=60000 HTTP/1.1\r\nhost: localhost\r\n\r\n");
+  await get(`http://localhost:${port}`);
+  leaving.destroy();
+  kill("SIGTERM");
+  assertEquals(await ended, {
+    code: 0,
+    stdout: `handler 0 listening on http://localhost:${port}\n`,
+    stderr: "",
+  });
+});
 
 /** What stderr says when servers cannot start. */
 const refused = (hostname: string, list: string[], hint: string) => ({
@@ -1034,6 +1039,53 @@ denoTest("bare deno test passes where nothing is allowed", async () => {
   const { code, stdout } = await launch([runtime, "test", withNothing]).ended;
   assertEquals(code, 0);
   assertMatch(stdout, /\| \d+ passed \| 0 failed \| \d+ ignored /);
+});
+
+// ---- Only Node --------------------------------------------------------------
+
+if (!onDeno) {
+  /** Runs a program that imports the adapter. */
+  const importing = (program: string) =>
+    launch([runtime, "--input-type=module", "-e", program]).ended;
+
+  runTest("a Node program can import the adapter", async () => {
+    const ended = await importing(`
+      import { handler, newApps, serveAll } from "./node/multiserv.ts";
+      const [app] = newApps(1);
+      const servers = await serveAll([app.all("*", handler(5))], { port: 0 });
+      console.log(await (await fetch(servers.urls[0])).text());
+      await servers.shutdown();`);
+    const stdout = "hello from handler 5\n";
+    assertEquals(ended, { code: 0, stdout, stderr: "" });
+  });
+
+  runTest("too old a Node is told so in one line", async () => {
+    const ended = await importing(`
+      Object.defineProperty(process.versions, "node", { value: "22.17.1" });
+      await import("./node/multiserv.ts");`);
+    const stderr = "multiserv: needs Node 22.18 or newer, this is 22.17.1\n";
+    assertEquals(ended, { code: 1, stdout: "", stderr });
+  });
+}
+
+// ---- The repository ---------------------------------------------------------
+
+runTest("Node gets the same versions of the packages as Deno", async () => {
+  const read = async (path: string) =>
+    JSON.parse((await launch(["cat", path]).ended).stdout);
+  const { npm } = await read("deno.lock");
+  const { dependencies } = await read("node/package.json");
+  const { packages } = await read("node/package-lock.json");
+  const pinned = (name: string) =>
+    `${name}@${packages[`node_modules/${name}`].version}`;
+  assertEquals(
+    Object.keys(dependencies).map(pinned).sort(),
+    // What comes after _ are the peers it was resolved with.
+    Object.keys(npm).map((key) => key.split("_")[0]).sort(),
+  );
+  for (const [name, version] of Object.entries(dependencies)) {
+    assertEquals(pinned(name), `${name}@${version}`);
+  }
 });
 
 runTest("multiserv.ts is at most 200 lines", async () => {

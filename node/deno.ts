@@ -1,0 +1,135 @@
+// The members of Deno that ../multiserv.ts uses, with the meaning they have in
+// Deno, and no others.
+import { getRequestListener, type HttpBindings } from "@hono/node-server";
+import { lookup } from "node:dns/promises";
+import {
+  createServer,
+  type IncomingMessage,
+  type ServerResponse,
+} from "node:http";
+import { type AddressInfo, isIP, type Socket } from "node:net";
+import process from "node:process";
+import { finished } from "node:stream/promises";
+
+/** What a handler learns about a request, looked up when it asks. */
+class Info implements Deno.ServeHandlerInfo<Deno.NetAddr> {
+  #incoming: IncomingMessage;
+  #outgoing: ServerResponse;
+  constructor({ incoming, outgoing }: HttpBindings) {
+    this.#incoming = incoming;
+    this.#outgoing = outgoing;
+  }
+  get remoteAddr(): Deno.NetAddr {
+    const { remoteAddress = "", remotePort = 0 } = this.#incoming.socket;
+    return { transport: "tcp", hostname: remoteAddress, port: remotePort };
+  }
+  get completed(): Promise<void> {
+    return finished(this.#outgoing);
+  }
+}
+
+/**
+ * Looks a host name up once: a thousand servers have the same one, and where
+ * they use up the open files there is none left to look it up again.
+ */
+const addresses = new Map<string, Promise<string>>();
+function addressOf(hostname: string): string | Promise<string> {
+  const literal = hostname.replace(/^\[(.*)\]$/, "$1");
+  if (isIP(literal)) return literal;
+  let address = addresses.get(hostname);
+  if (!address) {
+    address = lookup(hostname).then(({ address }) => address, (cause) => {
+      addresses.delete(hostname);
+      const message = "failed to lookup address information";
+      throw new Error(`${message}: ${cause.message}`, { cause });
+    });
+    addresses.set(hostname, address);
+  }
+  return address;
+}
+
+/**
+ * Closes a connection after the answers it owes. Which one it is at, only
+ * `_httpMessage` knows; to count requests and answers costs a tenth of them.
+ */
+function closeWhenIdle(socket: Socket & { _httpMessage?: ServerResponse }) {
+  const response = socket._httpMessage;
+  if (response) response.once("close", () => closeWhenIdle(socket));
+  else socket.destroySoon();
+}
+
+/** `Deno.serve`, but that a failed start rejects `finished` instead of throwing. */
+function serve(
+  { hostname = "0.0.0.0", port = 8000, onListen }: Deno.ServeTcpOptions,
+  handler: Deno.ServeHandler<Deno.NetAddr>,
+): Deno.HttpServer<Deno.NetAddr> {
+  const server = createServer(getRequestListener(
+    (request, env) => handler(request, new Info(env as HttpBindings)),
+  ));
+
+  const sockets = new Set<Socket>();
+  server.on("connection", (socket) => {
+    sockets.add(socket);
+    socket.once("close", () => sockets.delete(socket));
+  });
+
+  const ended = Promise.withResolvers<void>();
+  server.once("close", ended.resolve);
+  // Later errors concern one connection; `finished` has been promised by then.
+  server.on("error", (error) => server.listening || ended.reject(error));
+  server.once("listening", () => onListen?.(address()));
+  Promise.resolve(addressOf(hostname))
+    .then((host) => server.listen({ host, port }), ended.reject);
+
+  function address(): Deno.NetAddr {
+    const { address, port } = server.address() as AddressInfo;
+    return { transport: "tcp", hostname: address, port };
+  }
+  async function shutdown() {
+    const closed = new Promise((resolve) => server.close(resolve));
+    // Without this it would wait for clients that keep their connection.
+    for (const socket of sockets) closeWhenIdle(socket);
+    await closed;
+  }
+  return {
+    get addr() {
+      return address();
+    },
+    finished: ended.promise,
+    ref: () => void server.ref(),
+    unref: () => void server.unref(),
+    shutdown,
+    [Symbol.asyncDispose]: shutdown,
+  };
+}
+
+/** What the program uses of `Deno`. */
+type Used =
+  & Pick<typeof Deno, "addSignalListener" | "args" | "exit">
+  & {
+    permissions: Pick<typeof Deno.permissions, "request">;
+    serve: typeof serve;
+    stderr: Pick<typeof Deno.stderr, "isTerminal">;
+  };
+
+const used: Used = {
+  addSignalListener: (signal, handler) => void process.on(signal, handler),
+  args: process.argv.slice(2),
+  exit: (code) => process.exit(code),
+  permissions: {
+    // Node asks nobody.
+    request: () =>
+      Promise.resolve(Object.assign(
+        new EventTarget(),
+        {
+          state: "granted",
+          partial: false,
+          onchange: null,
+        } as const,
+      )),
+  },
+  serve,
+  stderr: { isTerminal: () => process.stderr.isTTY === true },
+};
+
+Object.assign(globalThis, { Deno: used });
