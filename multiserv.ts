@@ -33,7 +33,7 @@ async function perform(c: Context, hello: string): Promise<Response> {
   try {
     const delay = whole("delay", c.req.query("delay") ?? 0, 0, 60_000);
     const status = whole("status", c.req.query("status") ?? 200, 200, 599);
-    if (!isStatus(status)) throw new RangeError(`${status} is no HTTP status`);
+    if (!isStatus(status)) throw new RangeError(`status ${status} is unknown`);
     const { signal } = c.req.raw; // aborts when the client goes away
     if (delay) await sleep(delay, null, { signal }).catch(() => {});
     const body = [204, 205, 304].includes(status) ? null : hello;
@@ -75,27 +75,24 @@ export async function serveAll(
   apps: readonly Pick<Deno.ServeDefaultExport, "fetch">[],
   { hostname = "localhost", port = 1024, first = 0 }: ServeAllOptions = {},
 ): Promise<MultiServer> {
-  checked(apps.length, port, first);
-  const host = hostname.replace(/^[^[]*:.*/, "[$&]"); // IPv6
-  // One question for all ports; a refusal shows when they are opened.
+  [, port, first] = checked(apps.length, port, first);
+  const host = hostname.replace(/^[^[]*:.*/, "[$&]"); // an IPv6 address
+  // One question for all ports. No, or no such host: the ports will tell.
   await Deno.permissions.request({ name: "net", host }).catch(() => {});
   const servers: Deno.HttpServer<Deno.NetAddr>[] = [];
   const errors: Error[] = [];
   for (const [k, app] of apps.entries()) {
     const address = { hostname, port: port && port + first + k };
+    const fetch = app.fetch.bind(app);
     try {
       await new Promise<unknown>((onListen, onError) => {
-        const server = Deno.serve(
-          { ...address, onListen },
-          (request, info) => app.fetch(request, info),
-        );
+        const server = Deno.serve({ ...address, onListen }, fetch);
         server.finished.catch(onError);
         servers.push(server);
       });
     } catch (cause) {
-      const [, why] = fault(cause as Error);
-      const what = `handler ${first + k}: port ${address.port}${why}`;
-      errors.push(new Error(what, { cause }));
+      const what = `handler ${first + k}: port ${address.port}`;
+      errors.push(new Error(what + fault(cause as Error)[1], { cause }));
     }
   }
   const all = (done: Promise<void>[]) => Promise.all(done).then(() => {});
@@ -110,7 +107,6 @@ export async function serveAll(
 }
 
 // The command line: arguments in, messages and an exit code out.
-
 const usage = `Usage: multiserv [options] <n>
   -p, --port <port>      first port, or 0 for free ports (default 1024)
   -f, --first <i>        number of the first handler (default 0)
@@ -122,6 +118,7 @@ type Flags = { _: unknown[] } & Record<string, unknown>;
 async function run(args: string[]): Promise<void> {
   const { _, help, verbose, ...flags }: Flags = parseArgs(args, {
     string: ["_", "port", "first", "hostname"],
+    collect: ["_"], // even what comes as --_
     boolean: ["verbose", "help"],
     alias: { p: "port", f: "first", H: "hostname", v: "verbose", h: "help" },
     default: { port: "1024", first: "0", hostname: "localhost" },
@@ -138,18 +135,21 @@ async function run(args: string[]): Promise<void> {
     if (verbose) app.use(logger(first + k));
     app.all("*", handler(first + k));
   }
-  const servers = await serveAll(apps, { hostname, port, first });
+  const starting = serveAll(apps, { hostname, port, first });
   let stopping: Promise<void> | undefined;
   for (const [signal, code] of [["SIGINT", 130], ["SIGTERM", 143]] as const) {
     Deno.addSignalListener(signal, () => {
       if (stopping) Deno.exit(code);
-      stopping = servers.shutdown();
+      stopping = starting.then((servers) => servers.shutdown(), () => {});
     });
   }
+  const servers = await starting;
   const list = servers.urls.map((url, k) => `${first + k} listening on ${url}`);
   console.log(`handler ${list.join("\nhandler ")}`);
   if (Deno.stderr.isTerminal()) console.error("Press Ctrl+C to stop");
-  await servers.finished;
+  await servers.finished.catch((cause) => {
+    throw new Error(`Servers stopped${fault(cause)[1]}`, { cause });
+  });
 }
 
 const logger = (i: number): Handler => async (c, next) => {
@@ -157,14 +157,14 @@ const logger = (i: number): Handler => async (c, next) => {
   console.error(`handler ${i}: ${c.req.method} ${c.req.url} ${c.res.status}`);
 };
 
-function report(error: unknown): number {
-  const { message, errors = [] } = error as AggregateError;
-  if (!(error instanceof RangeError || errors.length > 0)) throw error;
+function report(error: AggregateError): number {
+  const { message, errors = [], cause = errors[0]?.cause } = error;
+  if (!(error instanceof RangeError || cause)) throw error;
   const lines = errors.slice(0, 5).map(({ message }) => message);
   if (errors.length > 5) lines.push(`… and ${errors.length - 5} more`);
-  lines.push(errors.length > 0 ? fault(errors[0].cause)[2] : "Try --help");
+  lines.push(cause ? fault(cause)[2] : "Try --help");
   console.error([`multiserv: ${message}`, ...lines].join("\n"));
-  return errors.length > 0 ? 1 : 2;
+  return cause ? 1 : 2;
 }
 
 /** Runs the command line, resolves to its exit code. Go: `main`. */
@@ -174,9 +174,9 @@ export const main = (args: string[]) => run(args).then(() => 0, report);
 const faults: [RegExp, why: string, hint: string][] = [
   [/EADDRINUSE/, " is already in use", "Try another --port"],
   [/EADDRNOTAVAIL/, ": address not on this machine", "Try another --hostname"],
-  [/lookup|invalid .*host/, ": unknown host name", "Try another --hostname"],
+  [/lookup|URIError/, ": unknown host name", "Try another --hostname"],
   [/EACCES/, ": permission denied", "Try another --port"],
-  [/EMFILE/, ": too many open files", "Raise ulimit -n or start fewer"],
+  [/EMFILE|files/, ": too many open files", "Raise ulimit -n or start fewer"],
   [/NotCapable/, ": no network access", "Allow it: deno run --allow-net"],
 ];
 const fault = (error: Error & { code?: string }) =>
@@ -186,7 +186,7 @@ const fault = (error: Error & { code?: string }) =>
 function checked(n: unknown, port: unknown, first: unknown) {
   const p = `${port}` === "0" ? 0 : whole("port, unless 0,", port, 1024, 65535);
   const f = whole("first", first, 0, 65535 - (p || 1024));
-  const from = (p || 1024) + f;
+  const from = p ? p + f : 1024;
   return [whole(`n, for ports from ${from} up,`, n, 1, 65536 - from), p, f];
 }
 
