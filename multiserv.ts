@@ -76,22 +76,21 @@ export async function serveAll(
   { hostname = "localhost", port = 1024, first = 0 }: ServeAllOptions = {},
 ): Promise<MultiServer> {
   [, port, first] = checked(apps.length, port, first);
-  const host = hostname.replace(/^[^[]*:.*/, "[$&]"); // an IPv6 address
+  const host = hostname.replace(/^[^[]*:.*/, "[$&]"); // IPv6 in brackets
   // One question for all ports. No, or no such host: the ports will tell.
   await Deno.permissions.request({ name: "net", host }).catch(() => {});
   const servers: Deno.HttpServer<Deno.NetAddr>[] = [];
   const errors: Error[] = [];
   for (const [k, app] of apps.entries()) {
-    const address = { hostname, port: port && port + first + k };
-    const fetch = app.fetch.bind(app);
+    const where = { hostname, port: port && port + first + k };
     try {
       await new Promise<unknown>((onListen, onError) => {
-        const server = Deno.serve({ ...address, onListen }, fetch);
+        const server = Deno.serve({ ...where, onListen }, app.fetch.bind(app));
         server.finished.catch(onError);
         servers.push(server);
       });
     } catch (cause) {
-      const what = `handler ${first + k}: port ${address.port}`;
+      const what = `handler ${first + k}: port ${where.port}`;
       errors.push(new Error(what + fault(cause as Error)[1], { cause }));
     }
   }
@@ -108,7 +107,7 @@ export async function serveAll(
 
 // The command line: arguments in, messages and an exit code out.
 const usage = `Usage: multiserv [options] <n>
-  -p, --port <port>      first port, or 0 for free ports (default 1024)
+  -p, --port <port>      first port, 1024 to 65535, or 0 for any (default 1024)
   -f, --first <i>        number of the first handler (default 0)
   -H, --hostname <host>  address to listen on (default localhost)
   -v, --verbose          log every request to stderr
@@ -143,11 +142,11 @@ async function run(args: string[]): Promise<void> {
       stopping = starting.then((servers) => servers.shutdown(), () => {});
     });
   }
-  const servers = await starting;
-  const list = servers.urls.map((url, k) => `${first + k} listening on ${url}`);
-  console.log(`handler ${list.join("\nhandler ")}`);
+  const { urls, finished } = await starting;
+  const list = urls.map((url, k) => `handler ${first + k} listening on ${url}`);
+  console.log(list.join("\n"));
   if (Deno.stderr.isTerminal()) console.error("Press Ctrl+C to stop");
-  await servers.finished.catch((cause) => {
+  await finished.catch((cause) => {
     throw new Error(`Servers stopped${fault(cause)[1]}`, { cause });
   });
 }
@@ -168,7 +167,8 @@ function report(error: AggregateError): number {
 }
 
 /** Runs the command line, resolves to its exit code. Go: `main`. */
-export const main = (args: string[]) => run(args).then(() => 0, report);
+export const main = (args: string[]): Promise<number> =>
+  run(args).then(() => 0, report);
 
 /** What may keep a server from its port: how to tell, what to say, a hint. */
 const faults: [RegExp, why: string, hint: string][] = [
