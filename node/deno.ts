@@ -1,5 +1,5 @@
 // The members of Deno that ../multiserv.ts uses, with the meaning they have in
-// Deno, and no others.
+// Deno, and no others: the types say how much of each.
 import { getRequestListener, type HttpBindings } from "@hono/node-server";
 import { lookup } from "node:dns/promises";
 import {
@@ -34,7 +34,7 @@ class Info implements Deno.ServeHandlerInfo<Deno.NetAddr> {
  */
 const addresses = new Map<string, Promise<string>>();
 function addressOf(hostname: string): string | Promise<string> {
-  const literal = hostname.replace(/^\[(.*)\]$/, "$1");
+  const literal = hostname.replace(/^\[(.*:.*)\]$/, "$1");
   if (isIP(literal)) return literal;
   let address = addresses.get(hostname);
   if (!address) {
@@ -58,14 +58,27 @@ function closeWhenIdle(socket: Socket & { _httpMessage?: ServerResponse }) {
   else socket.destroySoon();
 }
 
+type ServeOptions = Required<
+  Pick<Deno.ServeTcpOptions, "hostname" | "port" | "onListen">
+>;
+type HttpServer = Pick<
+  Deno.HttpServer<Deno.NetAddr>,
+  "addr" | "finished" | "shutdown"
+>;
+
 /** `Deno.serve`, but that a failed start rejects `finished` instead of throwing. */
 function serve(
-  { hostname = "0.0.0.0", port = 8000, onListen }: Deno.ServeTcpOptions,
+  { hostname, port, onListen }: ServeOptions,
   handler: Deno.ServeHandler<Deno.NetAddr>,
-): Deno.HttpServer<Deno.NetAddr> {
-  const server = createServer(getRequestListener(
-    (request, env) => handler(request, new Info(env as HttpBindings)),
-  ));
+): HttpServer {
+  // As on Deno, a request need not say which host it is for.
+  const server = createServer(
+    { requireHostHeader: false },
+    getRequestListener(
+      (request, env) => handler(request, new Info(env as HttpBindings)),
+      { hostname },
+    ),
+  );
 
   const sockets = new Set<Socket>();
   server.on("connection", (socket) => {
@@ -75,9 +88,8 @@ function serve(
 
   const ended = Promise.withResolvers<void>();
   server.once("close", ended.resolve);
-  // Later errors concern one connection; `finished` has been promised by then.
-  server.on("error", (error) => server.listening || ended.reject(error));
-  server.once("listening", () => onListen?.(address()));
+  server.on("error", ended.reject);
+  server.once("listening", () => onListen(address()));
   Promise.resolve(addressOf(hostname))
     .then((host) => server.listen({ host, port }), ended.reject);
 
@@ -85,21 +97,17 @@ function serve(
     const { address, port } = server.address() as AddressInfo;
     return { transport: "tcp", hostname: address, port };
   }
-  async function shutdown() {
-    const closed = new Promise((resolve) => server.close(resolve));
-    // Without this it would wait for clients that keep their connection.
-    for (const socket of sockets) closeWhenIdle(socket);
-    await closed;
-  }
   return {
     get addr() {
       return address();
     },
     finished: ended.promise,
-    ref: () => void server.ref(),
-    unref: () => void server.unref(),
-    shutdown,
-    [Symbol.asyncDispose]: shutdown,
+    async shutdown() {
+      const closed = new Promise((resolve) => server.close(resolve));
+      // Without this it would wait for clients that keep their connection.
+      for (const socket of sockets) closeWhenIdle(socket);
+      await closed;
+    },
   };
 }
 

@@ -21,8 +21,8 @@ await import("./deno.ts");
 const { handler, main, newApps, serveAll } = await import("../multiserv.ts");
 export { handler, newApps, serveAll };
 
-// What import.meta.main says, which came with Node 24.
+// Node 22 has no import.meta.main.
 const script = process.argv[1] ?? "";
-if (existsSync(script) && realpathSync(script) === import.meta.filename) {
-  process.exit(await main(Deno.args));
-}
+const started = import.meta.main ??
+  (existsSync(script) && realpathSync(script) === import.meta.filename);
+if (started) process.exit(await main(Deno.args));
