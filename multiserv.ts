@@ -86,7 +86,7 @@ export async function serveAll(
     try {
       await new Promise<unknown>((onListen, onError) => {
         const server = Deno.serve({ ...where, onListen }, app.fetch.bind(app));
-        server.finished.catch(onError);
+        server.finished.catch(onError); // on Node it fails later
         servers.push(server);
       });
     } catch (cause) {
