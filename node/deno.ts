@@ -76,7 +76,7 @@ function serve(
     { requireHostHeader: false },
     getRequestListener(
       (request, env) => handler(request, new Info(env as HttpBindings)),
-      { hostname },
+      { hostname: "localhost" },
     ),
   );
 
