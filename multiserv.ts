@@ -49,7 +49,7 @@ export interface ServeAllOptions {
   hostname?: string;
   /** App i gets port + i; 0 gives every app a free port. @default {1024} */
   port?: number;
-  /** Number of the first app. @default {0} */
+  /** Number of the first app, from which ports count too. @default {0} */
   first?: number;
 }
 

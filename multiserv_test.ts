@@ -615,11 +615,9 @@ function launch(words: string[]) {
 /** Runs `multiserv` with these arguments, to its end. */
 const cli = (...args: string[]) => launch([...command, ...args]).ended;
 
-/** Starts `multiserv` on free ports and waits for its ready lines. */
-async function running(n: number, ...args: string[]) {
-  const { child, ended, kill } = launch(
-    [...command, `${n}`, "-p", "0", ...args],
-  );
+/** Starts a command that serves n ports and waits for its ready lines. */
+async function serving(n: number, words: string[]) {
+  const { child, ended, kill } = launch(words);
   const urls = await new Promise<string[]>((resolve, reject) => {
     let seen = "";
     child.stdout!.on("data", (data: Uint8Array) => {
@@ -631,6 +629,16 @@ async function running(n: number, ...args: string[]) {
   });
   return { urls, ended, kill };
 }
+
+/** Starts `multiserv` on free ports and waits for its ready lines. */
+const running = (n: number, ...args: string[]) =>
+  serving(n, [...command, `${n}`, "-p", "0", ...args]);
+
+/** The command for `multiserv` with so many open files allowed. */
+const withFiles = (files: number, ...args: string[]) => {
+  const line = `ulimit -n ${files} && exec "$@"`;
+  return ["sh", "-c", line, "sh", ...command, ...args];
+};
 
 /** The ready lines of servers at these URLs. */
 const ready = (urls: string[], first = 0) =>
@@ -916,10 +924,8 @@ runTest("an unknown host name", async () => {
 
 runTest("too many open files names ulimit -n", async () => {
   const port = await freePorts(200);
-  const limited = ["sh", "-c", 'ulimit -n 100 && exec "$@"', "sh", ...command];
-  const { code, stdout, stderr } = await launch(
-    [...limited, "200", "-p", `${port}`],
-  ).ended;
+  const words = withFiles(100, "200", "-p", `${port}`);
+  const { code, stdout, stderr } = await launch(words).ended;
   assertEquals([code, stdout], [1, ""]);
   const lines = stderr.trimEnd().split("\n");
   assertEquals(lines.length, 8);
@@ -946,10 +952,8 @@ runTest("a closed stdout does not end it", async () => {
 
 denoTest("out of open files while it serves: says so, exit 1", async () => {
   // Deno stops a server that cannot accept; Node lets the client wait.
-  const limited = ["sh", "-c", 'ulimit -n 60 && exec "$@"', "sh", ...command];
-  const { child, ended } = launch([...limited, "5", "-p", "0"]);
-  const [data] = await once(child.stdout!, "data");
-  const [url] = /http:\S+/.exec(new TextDecoder().decode(data))!;
+  const words = withFiles(60, "5", "-p", "0");
+  const { urls: [url], ended } = await serving(5, words);
   const sockets = Array.from(
     { length: 60 },
     () => connect(portOf(url), "localhost"),
@@ -1211,10 +1215,8 @@ if (!onDeno) {
   });
 
   runTest("out of open files while it serves: clients wait", async () => {
-    const limited = ["sh", "-c", 'ulimit -n 60 && exec "$@"', "sh", ...command];
-    const { child, ended, kill } = launch([...limited, "2", "-p", "0"]);
-    const [data] = await once(child.stdout!, "data");
-    const [url] = /http:\S+/.exec(new TextDecoder().decode(data))!;
+    const words = withFiles(60, "2", "-p", "0");
+    const { urls: [url], ended, kill } = await serving(2, words);
     const sockets = await Promise.all(
       Array.from({ length: 60 }, () => dial(portOf(url))),
     );
