@@ -974,7 +974,8 @@ denoTest("out of open files while it serves: says so, exit 1", async () => {
 /** Runs `multiserv` on a terminal, through util-linux `script`. */
 function onTerminal(command: string[]) {
   const line = command.map((word) => `'${word}'`).join(" ");
-  const words = ["script", "-qec", line, "/dev/null"];
+  // exec: a shell that stayed would take Ctrl+C too, and some die of it.
+  const words = ["script", "-qec", `exec ${line}`, "/dev/null"];
   const { child, stdout, closed } = start(words, "pipe");
   let shown = "";
   const waiting = new Set<() => void>();
