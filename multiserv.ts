@@ -157,7 +157,7 @@ const logger = (i: number): Handler => async (c, next) => {
 };
 
 function report(error: AggregateError): number {
-  const { message, errors = [], cause = errors[0]?.cause } = error;
+  const { message, errors = [], cause = errors.at(-1)?.cause } = error;
   if (!(error instanceof RangeError || cause)) throw error;
   const lines = errors.slice(0, 5).map(({ message }) => message);
   if (errors.length > 5) lines.push(`… and ${errors.length - 5} more`);
@@ -173,7 +173,7 @@ export const main = (args: string[]): Promise<number> =>
 /** What may keep a server from its port: how to tell, what to say, a hint. */
 const faults: [RegExp, why: string, hint: string][] = [
   [/EADDRINUSE/, " is already in use", "Try another --port"],
-  [/EADDRNOTAVAIL/, ": address not on this machine", "Try another --hostname"],
+  [/AVAIL|EINVAL/, ": address not on this machine", "Try another --hostname"],
   [/lookup|URIError/, ": unknown host name", "Try another --hostname"],
   [/EACCES/, ": permission denied", "Try another --port"],
   [/EMFILE|files/, ": too many open files", "Raise ulimit -n or start fewer"],

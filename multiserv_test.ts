@@ -14,7 +14,10 @@ import { connect, createServer, type Socket } from "node:net";
 import { dirname } from "node:path";
 import process from "node:process";
 import { text } from "node:stream/consumers";
-import { setTimeout as sleep } from "node:timers/promises";
+import {
+  setImmediate as nextTurn,
+  setTimeout as sleep,
+} from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import {
   handler,
@@ -373,13 +376,22 @@ netTest("serves whatever has a fetch, as its method", async () => {
   });
 });
 
-netTest("an app learns who asks", async () => {
+netTest("an app learns who asks, and when that is done", async () => {
+  const order: string[] = [];
+  const done = Promise.withResolvers<void>();
   const app = {
-    fetch: (_request: Request, { remoteAddr }: Deno.ServeHandlerInfo) =>
-      new Response((remoteAddr as Deno.NetAddr).hostname),
+    async fetch(_request: Request, info: Deno.ServeHandlerInfo) {
+      info.completed.then(() => order.push("completed"))
+        .then(() => done.resolve());
+      await nextTurn();
+      order.push("answered");
+      return new Response((info.remoteAddr as Deno.NetAddr).hostname);
+    },
   };
   await using(serveAll([app], { port: 0 }), async ({ urls }) => {
     assertMatch(await get(urls[0]), /^(127\.0\.0\.1|::1)$/);
+    await done.promise;
+    assertEquals(order, ["answered", "completed"]);
   });
 });
 
@@ -416,7 +428,7 @@ netTest("shutdown answers what is in flight and lets nobody in", async () => {
     await release.promise;
     return c.text("at last");
   });
-  const servers = await serveAll(apps, { port: 0 });
+  const servers = await serveAll(apps, { port: await freePorts(2) });
   const ports = servers.urls.map(portOf);
   const done: string[] = [];
   const finished = servers.finished.then(() => done.push("finished"));
@@ -449,7 +461,7 @@ netTest("silent and kept-alive connections do not hold it up", async () => {
 });
 
 netTest("asyncDispose is shutdown", async () => {
-  const servers = await serveAll(helloApps(2), { port: 0 });
+  const servers = await serveAll(helloApps(2), { port: await freePorts(2) });
   await servers[Symbol.asyncDispose]();
   await servers.finished;
   for (const url of servers.urls) assert(await isFree(portOf(url)));
@@ -486,6 +498,17 @@ netTest("first counts handlers and ports from there", async () => {
       [`handler 5: port ${port + 5} is already in use`],
     );
   });
+});
+
+netTest("an empty hostname does not mean all addresses", async () => {
+  const error = await assertRejects(
+    () => serveAll(newApps(1), { port: 0, hostname: "" }),
+    AggregateError,
+  ) as AggregateError;
+  assertEquals(
+    error.errors.map((error) => error.message),
+    ["handler 0: port 0: unknown host name"],
+  );
 });
 
 test("serveAll refuses bad ports and more apps than ports", async () => {
@@ -644,6 +667,17 @@ const withFiles = (files: number, ...args: string[]) => {
 const ready = (urls: string[], first = 0) =>
   urls.map((url, k) => `handler ${first + k} listening on ${url}\n`).join("");
 
+/** Waits until somebody listens. */
+async function untilServed(port: number) {
+  for (;;) {
+    try {
+      return (await dial(port)).destroy();
+    } catch {
+      continue;
+    }
+  }
+}
+
 /** Waits until nobody listens any more. */
 async function untilRefused(port: number) {
   for (;;) {
@@ -719,6 +753,7 @@ const wrong: [args: string[], message: string][] = [
   [["3", "-p", "0", "-f", "64512"], firstRange("64512")],
   [["3", "-p", "65000", "-f", "536"], firstRange("536", 535)],
   [["3", "-H"], noHost],
+  [["3", "-H", ""], noHost],
   [["3", "--hostname="], noHost],
 ];
 
@@ -748,7 +783,8 @@ runTest("--help goes to stdout, as README.md shows it", async () => {
 
 for (const signal of ["SIGINT", "SIGTERM"] as const) {
   runTest(`${signal}: answers what is in flight, exit 0`, async () => {
-    const { urls, kill, ended } = await running(2);
+    const port = `${await freePorts(2)}`;
+    const { urls, kill, ended } = await running(2, "-p", port);
     const slow = await send(urls[0], "?delay=300");
     assertEquals(await get(urls[0]), "hello from handler 0");
     kill(signal);
@@ -758,7 +794,8 @@ for (const signal of ["SIGINT", "SIGTERM"] as const) {
   });
 
   runTest(`a second ${signal} ends it at once`, async () => {
-    const { urls: [url], kill, ended } = await running(1);
+    const port = `${await freePorts(1)}`;
+    const { urls: [url], kill, ended } = await running(1, "-p", port);
     const lost = await send(url, "?delay=60000");
     await get(url);
     kill(signal);
@@ -766,6 +803,17 @@ for (const signal of ["SIGINT", "SIGTERM"] as const) {
     kill(signal);
     assertEquals((await ended).code, signal === "SIGINT" ? 130 : 143);
     assertEquals(await lost.answer, undefined);
+  });
+
+  runTest(`${signal} while it starts: stops, exit 0`, async () => {
+    const n = 2000;
+    const port = await freePorts(n);
+    const { ended, kill } = launch([...command, `${n}`, "-p", `${port}`]);
+    await untilServed(port);
+    kill(signal);
+    const { code, stderr } = await ended;
+    assertEquals([code, stderr], [0, ""]);
+    assert(await isFree(port));
   });
 }
 
@@ -889,16 +937,18 @@ runTest("the first port is 1024 unless told otherwise", async () => {
 
 runTest("an address of another machine", async () => {
   const port = await freePorts(2);
-  assertEquals(
-    await cli("2", "-p", `${port}`, "-H", "192.0.2.1"),
-    refused(
-      "192.0.2.1",
-      [0, 1].map((i) =>
-        `handler ${i}: port ${port + i}: address not on this machine`
+  for (const hostname of ["192.0.2.1", "ff02::1"]) {
+    assertEquals(
+      await cli("2", "-p", `${port}`, "-H", hostname),
+      refused(
+        hostname,
+        [0, 1].map((i) =>
+          `handler ${i}: port ${port + i}: address not on this machine`
+        ),
+        "Try another --hostname",
       ),
-      "Try another --hostname",
-    ),
-  );
+    );
+  }
 });
 
 runTest("an unknown host name", async () => {
@@ -935,6 +985,30 @@ runTest("too many open files names ulimit -n", async () => {
   }
   assertMatch(lines[6], /^… and \d+ more$/);
   assertEquals(lines[7], "Raise ulimit -n or start fewer");
+});
+
+runTest("the hint is for the last that failed: files run out", async () => {
+  const port = await freePorts(200);
+  await using(serveAll(newApps(6), { port }), async () => {
+    const words = withFiles(100, "200", "-p", `${port}`);
+    const lines = (await launch(words).ended).stderr.trimEnd().split("\n");
+    assertEquals(lines[5], `handler 4: port ${port + 4} is already in use`);
+    assertEquals(lines[7], "Raise ulimit -n or start fewer");
+  });
+});
+
+runTest("a closed stderr does not end it", async () => {
+  const words = [...command, "1", "-v", "-p", "0"];
+  const { stdout, stderr, closed, kill } = start(words);
+  stderr.destroy();
+  const [data] = await once(stdout, "data");
+  stdout.resume();
+  const [url] = /http:\S+/.exec(new TextDecoder().decode(data))!;
+  for (let k = 0; k < 5; k++) {
+    assertEquals(await get(url), "hello from handler 0");
+  }
+  kill("SIGTERM");
+  assertEquals(await closed, 0);
 });
 
 runTest("a closed stdout does not end it", async () => {
@@ -1202,6 +1276,42 @@ if (!onDeno) {
       await servers.shutdown();`);
     const stdout = "hello from handler 5\n";
     assertEquals(ended, { code: 0, stdout, stderr: "" });
+  });
+
+  runTest("a fetch that throws answers 500 and says so", async () => {
+    const { code, stdout, stderr } = await importing(`
+      import { serveAll } from "./node/multiserv.ts";
+      const apps = [
+        { fetch() { throw new Error("boom"); } },
+        { async fetch() { throw new Error("late"); } },
+        { fetch() {} },
+      ];
+      const servers = await serveAll(apps, { port: 0 });
+      for (const url of servers.urls) {
+        const response = await fetch(url);
+        console.log(response.status, await response.text());
+      }
+      await servers.shutdown();`);
+    assertEquals(code, 0);
+    assertEquals(stdout, "500 Internal Server Error\n".repeat(3));
+    assertMatch(stderr, /^Error: boom\n[^]*^Error: late\n[^]*^TypeError: /m);
+  });
+
+  runTest("README.md's blocks run as they stand", async () => {
+    const readme = (await launch(["cat", "README.md"]).ended).stdout;
+    const blocks = [...readme.matchAll(/^```ts\n([^]*?)^```$/gm)];
+    assert(blocks.length > 0);
+    for (const [, block] of blocks) {
+      // Node 22 knows no `await using`.
+      const program = Number.parseInt(process.versions.node) < 24
+        ? block.replace("await using servers", "const servers") +
+          "await servers.shutdown();"
+        : block;
+      const words = [runtime, "--import", "./node/multiserv.ts"];
+      words.push("--input-type=module-typescript", "-e", program);
+      const { code, stderr } = await launch(words).ended;
+      assertEquals([code, stderr], [0, ""], program);
+    }
   });
 
   runTest("pipelined requests are all answered before it stops", async () => {

@@ -1,6 +1,10 @@
 // The members of Deno that ../multiserv.ts uses, with the meaning they have in
 // Deno, and no others: the types say how much of each.
-import { getRequestListener, type HttpBindings } from "@hono/node-server";
+import {
+  getRequestListener,
+  type HttpBindings,
+  RequestError,
+} from "@hono/node-server";
 import { lookup } from "node:dns/promises";
 import {
   createServer,
@@ -37,7 +41,9 @@ function addressOf(hostname: string): Promise<string> {
   let address = addresses.get(hostname);
   if (!address) {
     const bare = hostname.replace(/^\[(.*:.*)\]$/, "$1");
-    address = lookup(bare).then(({ address }) => address, (cause) => {
+    // To lookup no name is no fault, and to listen it means all addresses.
+    const found = bare ? lookup(bare) : Promise.reject(new Error("no name"));
+    address = found.then(({ address }) => address, (cause) => {
       addresses.delete(hostname);
       const message = "failed to lookup address information";
       throw new Error(`${message}: ${cause.message}`, { cause });
@@ -55,6 +61,13 @@ function closeWhenIdle(socket: Socket & { _httpMessage?: ServerResponse }) {
   const response = socket._httpMessage;
   if (response) response.once("close", () => closeWhenIdle(socket));
   else socket.destroySoon();
+}
+
+/** Answers for a handler that throws, or a request that cannot reach it. */
+function errorHandler(error: unknown): Response {
+  if (error instanceof RequestError) return new Response(null, { status: 400 });
+  console.error(error);
+  return new Response("Internal Server Error", { status: 500 });
 }
 
 type ServeOptions = Required<
@@ -75,7 +88,7 @@ function serve(
     { requireHostHeader: false },
     getRequestListener(
       (request, env) => handler(request, new Info(env as HttpBindings)),
-      { hostname: "localhost" },
+      { hostname: "localhost", errorHandler },
     ),
   );
 

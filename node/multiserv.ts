@@ -25,4 +25,8 @@ export { handler, newApps, serveAll };
 const script = process.argv[1] ?? "";
 const started = import.meta.main ??
   (existsSync(script) && realpathSync(script) === import.meta.filename);
-if (started) process.exit(await main(Deno.args));
+if (started) {
+  // As on Deno, who stops reading the output does not stop the servers.
+  for (const out of [process.stdout, process.stderr]) out.on("error", () => {});
+  process.exit(await main(Deno.args));
+}
