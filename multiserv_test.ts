@@ -354,6 +354,17 @@ netTest("what goes over the wire", async () => {
   });
 });
 
+netTest("no hello for CONNECT, nor late for who stopped sending", async () => {
+  await using(serveAll(helloApps(1), { port: 0 }), async ({ urls }) => {
+    const port = portOf(urls[0]);
+    const rest = "HTTP/1.1\r\nhost: a:1\r\nconnection: close\r\n\r\n";
+    assert(!(await raw(port, `CONNECT a:1 ${rest}`)).includes("hello"));
+    const socket = await dial(port);
+    socket.end(`GET /?delay=60000 ${rest}`);
+    assertEquals(await text(socket), "");
+  });
+});
+
 netTest("every server keeps its number under concurrent requests", async () => {
   await using(serveAll(helloApps(20), { port: 0 }), async ({ urls }) => {
     const asked = Array.from({ length: 400 }, (_, k) => k * 7 % 20);
@@ -1295,6 +1306,26 @@ if (!onDeno) {
     assertEquals(code, 0);
     assertEquals(stdout, "500 Internal Server Error\n".repeat(3));
     assertMatch(stderr, /^Error: boom\n[^]*^Error: late\n[^]*^TypeError: /m);
+  });
+
+  netTest("requests that Node refuses", async () => {
+    await using(serveAll(helloApps(1), { port: 0 }), async ({ urls }) => {
+      const long = "x".repeat(17_000);
+      for (
+        const [request, status] of [
+          ["FOO / HTTP/1.1\r\nhost: a", 400],
+          ["GET / HTTP/1.1\r\nhost: a b", 400],
+          [`GET /${long} HTTP/1.1\r\nhost: a`, 431],
+          [`GET / HTTP/1.1\r\nhost: a\r\nx: ${long}`, 431],
+        ]
+      ) {
+        const answer = await raw(
+          portOf(urls[0]),
+          `${request}\r\nconnection: close\r\n\r\n`,
+        );
+        assertStringIncludes(answer, `HTTP/1.1 ${status} `);
+      }
+    });
   });
 
   runTest("README.md's blocks run as they stand", async () => {
