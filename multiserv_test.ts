@@ -1289,6 +1289,24 @@ if (!onDeno) {
     assertEquals(ended, { code: 0, stdout, stderr: "" });
   });
 
+  runTest("a host name that is unknown now may be known later", async () => {
+    const { stdout, stderr } = await importing(`
+      import dns from "node:dns/promises";
+      import { syncBuiltinESMExports } from "node:module";
+      const knowing = (lookup) => {
+        dns.lookup = lookup;
+        syncBuiltinESMExports();
+      };
+      import { newApps, serveAll } from "./node/multiserv.ts";
+      const start = () => serveAll(newApps(1), { hostname: "new", port: 0 });
+      knowing(() => Promise.reject(new Error("unknown")));
+      await start().catch((error) => console.log(error.errors[0].message));
+      knowing(() => Promise.resolve({ address: "127.0.0.1" }));
+      await (await start()).shutdown();`);
+    const refusal = "handler 0: port 0: unknown host name\n";
+    assertEquals([stdout, stderr], [refusal, ""]);
+  });
+
   runTest("a fetch that throws answers 500 and says so", async () => {
     const { code, stdout, stderr } = await importing(`
       import { serveAll } from "./node/multiserv.ts";

@@ -26,7 +26,7 @@ const script = process.argv[1] ?? "";
 const started = import.meta.main ??
   (existsSync(script) && realpathSync(script) === import.meta.filename);
 if (started) {
-  // As on Deno, who stops reading the output does not stop the servers.
-  for (const out of [process.stdout, process.stderr]) out.on("error", () => {});
+  // As on Deno, the servers outlive who reads their log.
+  process.stderr.on("error", () => {});
   process.exit(await main(Deno.args));
 }

@@ -1,5 +1,6 @@
 // Deno.test for `node --test`, so that ../multiserv_test.ts is its suite too.
-import { test } from "node:test";
+import { after, test } from "node:test";
+import process from "node:process";
 import "./hook.ts";
 import "./deno.ts";
 
@@ -11,4 +12,12 @@ Object.assign(Deno, {
   test: ({ name, ignore = false, fn }: Definition) =>
     test(name, { skip: ignore }, fn),
   bench() {}, // measured on Deno
+});
+
+// What is left open would keep the suite from ending, and nobody would know why.
+after(() => {
+  setTimeout(() => {
+    console.error("Left open:", process.getActiveResourcesInfo().join(", "));
+    process.exit(1);
+  }, 10_000).unref();
 });
