@@ -13,6 +13,7 @@ import { once } from "node:events";
 import { connect, createServer, type Socket } from "node:net";
 import { dirname } from "node:path";
 import process from "node:process";
+import type { Readable } from "node:stream";
 import { text } from "node:stream/consumers";
 import {
   setImmediate as nextTurn,
@@ -88,6 +89,12 @@ async function using(
   } finally {
     await servers.shutdown();
   }
+}
+
+/** The errors of a start that fails, one per server that could not start. */
+async function failed(starting: Promise<MultiServer>) {
+  const error = await assertRejects(() => starting, AggregateError);
+  return (error as AggregateError).errors;
 }
 
 /**
@@ -483,15 +490,12 @@ netTest(
   async () => {
     const port = await freePorts(4);
     await using(serveAll(newApps(1), { port: port + 2 }), async () => {
-      const error = await assertRejects(
-        () => serveAll(newApps(4), { port }),
-        AggregateError,
-      ) as AggregateError;
+      const errors = await failed(serveAll(newApps(4), { port }));
       assertEquals(
-        error.errors.map((error) => error.message),
+        errors.map((error) => error.message),
         [`handler 2: port ${port + 2} is already in use`],
       );
-      assertEquals(error.errors[0].cause.code, "EADDRINUSE");
+      assertEquals(errors[0].cause.code, "EADDRINUSE");
       for (const i of [0, 1, 3]) assert(await isFree(port + i));
     });
   },
@@ -500,24 +504,18 @@ netTest(
 netTest("first counts handlers and ports from there", async () => {
   const port = await freePorts(6);
   await using(serveAll(newApps(1), { port: port + 5 }), async () => {
-    const error = await assertRejects(
-      () => serveAll(newApps(2), { port, first: 4 }),
-      AggregateError,
-    ) as AggregateError;
+    const errors = await failed(serveAll(newApps(2), { port, first: 4 }));
     assertEquals(
-      error.errors.map((error) => error.message),
+      errors.map((error) => error.message),
       [`handler 5: port ${port + 5} is already in use`],
     );
   });
 });
 
 netTest("an empty hostname does not mean all addresses", async () => {
-  const error = await assertRejects(
-    () => serveAll(newApps(1), { port: 0, hostname: "" }),
-    AggregateError,
-  ) as AggregateError;
+  const starting = serveAll(newApps(1), { port: 0, hostname: "" });
   assertEquals(
-    error.errors.map((error) => error.message),
+    (await failed(starting)).map((error) => error.message),
     ["handler 0: port 0: unknown host name"],
   );
 });
@@ -579,12 +577,9 @@ test("every way the machine can refuse has its words", async () => {
       Deno.serve = () => {
         throw cause;
       };
-      const error = await assertRejects(
-        () => serveAll(newApps(1)),
-        AggregateError,
-      ) as AggregateError;
-      assertEquals(error.errors[0].message, `handler 0: port 1024${why}`);
-      assertEquals(error.errors[0].cause, cause);
+      const [error] = await failed(serveAll(newApps(1)));
+      assertEquals(error.message, `handler 0: port 1024${why}`);
+      assertEquals(error.cause, cause);
 
       let printed = "";
       console.error = (line: string) => printed += `${line}\n`;
@@ -646,6 +641,10 @@ function launch(words: string[]) {
   return { child, ended, kill };
 }
 
+/** What stands in a file of the repository. */
+const contents = async (path: string) =>
+  (await launch(["cat", path]).ended).stdout;
+
 /** Runs `multiserv` with these arguments, to its end. */
 const cli = (...args: string[]) => launch([...command, ...args]).ended;
 
@@ -678,25 +677,12 @@ const withFiles = (files: number, ...args: string[]) => {
 const ready = (urls: string[], first = 0) =>
   urls.map((url, k) => `handler ${first + k} listening on ${url}\n`).join("");
 
-/** Waits until somebody listens. */
-async function untilServed(port: number) {
+/** Waits until somebody listens, or nobody does any more. */
+async function untilListening(port: number, listening: boolean) {
   for (;;) {
-    try {
-      return (await dial(port)).destroy();
-    } catch {
-      continue;
-    }
-  }
-}
-
-/** Waits until nobody listens any more. */
-async function untilRefused(port: number) {
-  for (;;) {
-    try {
-      (await dial(port)).destroy();
-    } catch {
-      return;
-    }
+    const socket = await dial(port).catch(() => undefined);
+    socket?.destroy();
+    if (listening === (socket !== undefined)) return;
   }
 }
 
@@ -784,7 +770,7 @@ runTest("wrong command lines: what is wrong, exit 2", async () => {
 });
 
 runTest("--help goes to stdout, as README.md shows it", async () => {
-  const readme = (await launch(["cat", "README.md"]).ended).stdout;
+  const readme = await contents("README.md");
   for (const args of [["--help"], ["-h"], ["3", "-p", "80", "-h"]]) {
     const { code, stdout, stderr } = await cli(...args);
     assertEquals([code, stderr], [0, ""]);
@@ -810,7 +796,7 @@ for (const signal of ["SIGINT", "SIGTERM"] as const) {
     const lost = await send(url, "?delay=60000");
     await get(url);
     kill(signal);
-    await untilRefused(portOf(url));
+    await untilListening(portOf(url), false);
     kill(signal);
     assertEquals((await ended).code, signal === "SIGINT" ? 130 : 143);
     assertEquals(await lost.answer, undefined);
@@ -820,7 +806,7 @@ for (const signal of ["SIGINT", "SIGTERM"] as const) {
     const n = 2000;
     const port = await freePorts(n);
     const { ended, kill } = launch([...command, `${n}`, "-p", `${port}`]);
-    await untilServed(port);
+    await untilListening(port, true);
     kill(signal);
     const { code, stderr } = await ended;
     assertEquals([code, stderr], [0, ""]);
@@ -1008,13 +994,18 @@ runTest("the hint is for the last that failed: files run out", async () => {
   });
 });
 
+/** The first URL in what a command says first. */
+async function firstUrl(stdout: Readable): Promise<string> {
+  const [data] = await once(stdout, "data");
+  return /http:\S+/.exec(new TextDecoder().decode(data))![0];
+}
+
 runTest("a closed stderr does not end it", async () => {
   const words = [...command, "1", "-v", "-p", "0"];
   const { stdout, stderr, closed, kill } = start(words);
   stderr.destroy();
-  const [data] = await once(stdout, "data");
+  const url = await firstUrl(stdout);
   stdout.resume();
-  const [url] = /http:\S+/.exec(new TextDecoder().decode(data))!;
   for (let k = 0; k < 5; k++) {
     assertEquals(await get(url), "hello from handler 0");
   }
@@ -1027,9 +1018,8 @@ runTest("a closed stdout does not end it", async () => {
   const words = [...command, `${n}`, "-p", "0"];
   const { stdout, stderr, closed, kill } = start(words);
   const said = text(stderr);
-  const [data] = await once(stdout, "data");
+  const url = await firstUrl(stdout);
   stdout.destroy();
-  const [url] = /http:\S+/.exec(new TextDecoder().decode(data))!;
   assertEquals(await get(url), "hello from handler 0");
   kill("SIGTERM");
   assertEquals([await closed, await said], [0, ""]);
@@ -1146,11 +1136,8 @@ runTest("SIGTERM under load loses no request it has accepted", async () => {
 netTest("a taken port at the end of 500 leaves nothing behind", async () => {
   const port = await freePorts(500);
   await using(serveAll(newApps(1), { port: port + 499 }), async () => {
-    const error = await assertRejects(
-      () => serveAll(newApps(500), { port }),
-      AggregateError,
-    ) as AggregateError;
-    assertEquals(error.errors.length, 1);
+    const errors = await failed(serveAll(newApps(500), { port }));
+    assertEquals(errors.length, 1);
     await (await serveAll(newApps(499), { port })).shutdown();
   });
 });
@@ -1347,7 +1334,7 @@ if (!onDeno) {
   });
 
   runTest("README.md's blocks run as they stand", async () => {
-    const readme = (await launch(["cat", "README.md"]).ended).stdout;
+    const readme = await contents("README.md");
     const blocks = [...readme.matchAll(/^```ts\n([^]*?)^```$/gm)];
     assert(blocks.length > 0);
     for (const [, block] of blocks) {
@@ -1405,8 +1392,7 @@ if (!onDeno) {
 // ---- The repository ---------------------------------------------------------
 
 runTest("Node gets the same versions of the packages as Deno", async () => {
-  const read = async (path: string) =>
-    JSON.parse((await launch(["cat", path]).ended).stdout);
+  const read = async (path: string) => JSON.parse(await contents(path));
   const { npm } = await read("deno.lock");
   const { dependencies } = await read("node/package.json");
   const { packages } = await read("node/package-lock.json");
