@@ -71,8 +71,10 @@ export interface MultiServer extends AsyncDisposable {
  *
  * await using servers = await serveAll(apps, { port: 0 });
  *
- * const response = await fetch(servers.urls[1]);
- * console.log(await response.text()); // hello from handler 1
+ * for (const url of servers.urls) {
+ *   const response = await fetch(url);
+ *   console.log(await response.text()); // hello from handler 0, 1 and 2
+ * }
  * ```
  */
 export async function serveAll(
@@ -404,18 +406,20 @@ function untilSignal(): Promise<void> {
 /** Has Deno ask once, for the host, where it would ask for every port. */
 async function askForNetwork(hostname: string, port: number, n: number) {
   const host = inUrl(hostname);
-  function isAllowed(port: number) {
-    const net = { name: "net", host: `${host}:${port}` } as const;
-    return Deno.permissions.querySync(net).state === "granted";
+  function isAllowed(host: string) {
+    return Deno.permissions.querySync({ name: "net", host }).state ===
+      "granted";
   }
-  const ports = port === 0
-    ? [0]
-    : Array.from({ length: n }, (_, k) => port + k);
   try {
-    if (ports.every(isAllowed)) return;
+    if (isAllowed(host)) return;
+    const ports = Array.from(
+      { length: n },
+      (_, k) => port === 0 ? 0 : port + k,
+    );
+    if (ports.every((port) => isAllowed(`${host}:${port}`))) return;
     await Deno.permissions.request({ name: "net", host });
   } catch {
-    // There is no such host; its servers will fail to start, and say so.
+    // There is no such host: its servers will not start, and say so.
   }
 }
 
@@ -442,7 +446,9 @@ function commandHandler(i: number, faults: string): Handler {
 function logger(i: number): Handler {
   return async (c, next) => {
     await next();
-    const { pathname, search } = new URL(c.req.url);
+    // The host comes from the client, and may be what no URL can have.
+    const path = c.req.url.slice(c.req.url.indexOf("/", "http://".length));
+    const { pathname, search } = new URL(`http://localhost${path}`);
     const line = `${c.req.method} ${pathname}${search} ${c.res.status}`;
     print(Deno.stderr, `handler ${i}: ${line}`);
   };
@@ -583,13 +589,10 @@ async function write(output: Output, text: string): Promise<void> {
 
 /** Waits until all is written, but not long: perhaps nobody reads it. */
 async function flush() {
-  const { promise, resolve } = Promise.withResolvers<void>();
-  const timer = setTimeout(resolve, 1000);
-  Promise.all([write(Deno.stdout, ""), write(Deno.stderr, "")]).then(() =>
-    resolve()
-  );
-  await promise;
-  clearTimeout(timer);
+  const done = new AbortController();
+  const all = [write(Deno.stdout, ""), write(Deno.stderr, "")];
+  Promise.all(all).then(() => done.abort());
+  await sleep(1000, undefined, { signal: done.signal }).catch(() => {});
 }
 
 if (import.meta.main) Deno.exit(await main(Deno.args));

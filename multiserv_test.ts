@@ -13,22 +13,21 @@ import { once } from "node:events";
 import { connect, createServer, type Socket } from "node:net";
 import { dirname } from "node:path";
 import process from "node:process";
-import type { Readable } from "node:stream";
 import { text } from "node:stream/consumers";
-import {
-  setImmediate as nextTurn,
-  setTimeout as sleep,
-} from "node:timers/promises";
+import { setTimeout as sleep } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
+import type { Handler } from "npm:hono@^4";
 import {
   handler,
   main,
   type MultiServer,
   newApps,
   serveAll,
+  type ServeAllOptions,
+  withFaults,
 } from "./multiserv.ts";
 
-// ---- What a test needs ------------------------------------------------------
+// ---- Which tests run --------------------------------------------------------
 
 const onDeno = "deno" in process.versions;
 const onLinux = process.platform === "linux";
@@ -42,8 +41,8 @@ const run = net && await granted("run") && await granted("env");
 
 type Body = () => void | Promise<void>;
 
-/** What tests have started and is still running. */
-const children = new Set<ChildProcess>();
+/** What tests have started and is still running, each with its end. */
+const children = new Map<ChildProcess, Promise<unknown>>();
 
 /** Fails a test that hangs, and leaves nothing running that it has started. */
 const limited = (fn: Body) => async () => {
@@ -53,7 +52,8 @@ const limited = (fn: Body) => async () => {
     await Promise.race([fn(), late.promise]);
   } finally {
     clearTimeout(timer);
-    for (const child of children) process.kill(child.pid!, "SIGKILL");
+    for (const child of children.keys()) process.kill(child.pid!, "SIGKILL");
+    await Promise.all(children.values());
   }
 };
 
@@ -73,50 +73,82 @@ const linuxTest = (name: string, fn: Body) =>
 const denoTest = (name: string, fn: Body) =>
   register(onDeno ? name : `${name} (Deno only)`, !run || !onDeno, fn);
 
+// ---- Ports ------------------------------------------------------------------
+
+/** Resolves to whether it listens now. It keeps no program from ending. */
+async function listens(server: ReturnType<typeof createServer>, port: number) {
+  const bound = Promise.withResolvers<boolean>();
+  server.once("error", () => bound.resolve(false));
+  server.listen(port, "127.0.0.1", () => bound.resolve(true)).unref();
+  return await bound.promise;
+}
+
+/** Whether nobody listens on the port. */
+async function isFree(port: number): Promise<boolean> {
+  const probe = createServer();
+  if (!await listens(probe, port)) return false;
+  await new Promise((closed) => probe.close(closed));
+  return true;
+}
+
+/**
+ * A block of ports that no other suite uses at the same time: its first port is
+ * held as long as this one runs. They lie below those that the system gives to
+ * clients, and away from those that `fetch` refuses.
+ */
+const block = { next: 0, end: 0 };
+for (let port = 11_000; net && block.end === 0; port += 5000) {
+  if (port > 30_000) throw new Error("Four suites run already");
+  if (!await listens(createServer(), port)) continue;
+  Object.assign(block, { next: port + 1, end: port + 5000 });
+}
+
+/** Finds n free ports in a row, which no other test has had. */
+async function freePorts(n: number): Promise<number> {
+  const port = block.next;
+  block.next += n;
+  if (block.next > block.end) throw new Error("This suite has no ports left");
+  const taken = await serveAll(newApps(n), { port }).then(
+    (servers) => servers.shutdown(),
+    () => true,
+  );
+  return taken ? freePorts(n) : port;
+}
+
+const portOf = (url: string) => Number(new URL(url).port);
+
+// ---- Servers and clients ----------------------------------------------------
+
 /** The app that the command line would serve as handler i. */
-const helloApp = (i: number) => newApps(1)[0].all("*", handler(i));
+const helloApp = (i: number, faults?: string) =>
+  newApps(1)[0]!.all("*", withFaults(handler(i), faults));
 const helloApps = (n: number) =>
   Array.from({ length: n }, (_, i) => helloApp(i));
 
 /** Runs `fn` on running servers, and stops them whatever happens. */
 async function using(
   starting: Promise<MultiServer>,
-  fn: (servers: MultiServer) => void | Promise<void>,
+  fn: (urls: [string, ...string[]], servers: MultiServer) => unknown,
 ) {
   const servers = await starting;
   try {
-    await fn(servers);
+    await fn(servers.urls as [string, ...string[]], servers);
   } finally {
     await servers.shutdown();
   }
 }
 
-/** The errors of a start that fails, one per server that could not start. */
-async function failed(starting: Promise<MultiServer>) {
+/** Why each server that could not start could not. */
+async function failed(starting: Promise<MultiServer>): Promise<Error[]> {
   const error = await assertRejects(() => starting, AggregateError);
   return (error as AggregateError).errors;
 }
 
-/**
- * Finds n free ports in a row, below those that the system gives to clients and
- * away from those that `fetch` refuses.
- */
-async function freePorts(n: number): Promise<number> {
-  for (;;) {
-    const port = 11_000 + Math.floor(Math.random() * (21_000 - n));
-    const servers = await serveAll(newApps(n), { port }).catch(() => {});
-    if (!servers) continue;
-    await servers.shutdown();
-    return port;
-  }
-}
-
 const get = async (url: string) => (await fetch(url)).text();
-const portOf = (url: string) => Number(new URL(url).port);
 
-/** Opens a raw connection to localhost. */
+/** Opens a raw connection. */
 async function dial(port: number): Promise<Socket> {
-  const socket = connect(port, "localhost");
+  const socket = connect(port, "127.0.0.1");
   await once(socket, "connect");
   return socket;
 }
@@ -126,6 +158,23 @@ async function raw(port: number, bytes: string): Promise<string> {
   const socket = await dial(port);
   socket.write(bytes);
   return text(socket);
+}
+
+/** What a socket has received so far, and a way to wait for more of it. */
+function received(socket: Socket) {
+  let seen = "";
+  let look = () => {};
+  socket.on("data", (data: Uint8Array) => {
+    seen += new TextDecoder().decode(data);
+    look();
+  });
+  /** Resolves when the text has come that often. */
+  const times = (part: string, n: number) =>
+    new Promise<void>((resolve) => {
+      look = () => seen.split(part).length > n && resolve();
+      look();
+    });
+  return { times };
 }
 
 /**
@@ -141,49 +190,174 @@ async function send(url: string, query: string) {
   return { answer: body().catch(() => undefined) };
 }
 
-/** Whether nobody listens on the port. */
-async function isFree(port: number): Promise<boolean> {
-  const probe = createServer();
-  const bound = Promise.withResolvers<boolean>();
-  probe.once("error", () => bound.resolve(false));
-  probe.listen(port, "localhost", () => bound.resolve(true));
-  const free = await bound.promise;
-  if (free) await new Promise((closed) => probe.close(closed));
-  return free;
+// ---- A stand-in for Deno, where no network is needed ------------------------
+
+/** Replaces members of `Deno` while `fn` runs. */
+async function replacing(members: Record<string, unknown>, fn: Body) {
+  const kept = Object.keys(members).map((name) =>
+    [name, Object.getOwnPropertyDescriptor(Deno, name)!] as const
+  );
+  for (const [name, value] of Object.entries(members)) {
+    Object.defineProperty(Deno, name, { value, configurable: true });
+  }
+  try {
+    await fn();
+  } finally {
+    for (const [name, was] of kept) Object.defineProperty(Deno, name, was);
+  }
 }
+
+/** An error as a system call gives it. */
+const systemError = (code: string, message = `told ${code}`) =>
+  Object.assign(new Error(message), { code });
+
+/** What stands in for one server of `Deno.serve`. */
+interface StandIn {
+  port: number;
+  fetch: (request: Request) => Response | Promise<Response>;
+  /** As a failed `accept` does. */
+  fail(error: Error): void;
+  /** Requests in flight, which `shutdown` waits for. */
+  inFlight: Promise<void>;
+  shutdowns: number;
+}
+
+/** Stands in for `Deno.serve`; `refuse` may throw instead of listening. */
+function standIns(refuse: (port: number) => void = () => {}) {
+  const servers: StandIn[] = [];
+  const serve = (
+    { hostname, port, onListen }: Required<Deno.ServeTcpOptions>,
+    fetch: StandIn["fetch"],
+  ) => {
+    refuse(port);
+    const ended = Promise.withResolvers<void>();
+    const addr = { transport: "tcp", hostname, port: port || 40_000 } as const;
+    const server = {
+      port: addr.port,
+      fetch,
+      fail: ended.reject,
+      inFlight: Promise.resolve(),
+      shutdowns: 0,
+      addr,
+      finished: ended.promise,
+      async shutdown() {
+        server.shutdowns++;
+        await server.inFlight;
+        ended.resolve();
+      },
+    };
+    servers.push(server);
+    onListen(addr);
+    return server;
+  };
+  return { serve, servers };
+}
+
+interface Ended {
+  code: number | null;
+  stdout: string;
+  stderr: string;
+}
+
+/** Runs `main` in this process, with nothing bound, printed or ended. */
+async function inProcess(
+  args: string[],
+  { serve = standIns().serve, terminal = false, whileRunning = () => {} }: {
+    serve?: unknown;
+    terminal?: boolean;
+    whileRunning?: (person: {
+      press: (signal: string) => void;
+      until: (line: string) => Promise<void>;
+      exits: number[];
+    }) => unknown;
+  } = {},
+): Promise<Ended> {
+  const said = { stdout: "", stderr: "" };
+  let look = () => {};
+  const stream = (name: keyof typeof said) => ({
+    isTerminal: () => terminal,
+    writable: new WritableStream<Uint8Array>({
+      write(bytes) {
+        said[name] += new TextDecoder().decode(bytes);
+        look();
+      },
+    }),
+  });
+  const until = (line: string) =>
+    new Promise<void>((resolve) => {
+      look = () => (said.stdout + said.stderr).includes(line) && resolve();
+      look();
+    });
+  const listeners: Record<string, () => void> = {};
+  const exits: number[] = [];
+  const granted = { state: "granted" };
+  let code: number | null = null;
+  await replacing({
+    serve,
+    stdout: stream("stdout"),
+    stderr: stream("stderr"),
+    permissions: { querySync: () => granted, request: () => granted },
+    addSignalListener(signal: string, listener: () => void) {
+      listeners[signal] = listener;
+    },
+    exit: (code: number) => exits.push(code),
+  }, async () => {
+    const ending = main(args);
+    await whileRunning({
+      press: (signal) => listeners[signal]!(),
+      until,
+      exits,
+    });
+    code = await ending;
+  });
+  return { code, ...said };
+}
+
+/** What stderr says when servers cannot start. */
+const refused = (hostname: string, list: string[], hint?: string): Ended => ({
+  code: 1,
+  stdout: "",
+  stderr: [
+    `multiserv: No server started on "${hostname}"`,
+    ...list.slice(0, 5),
+    ...list.length > 5 ? [`… and ${list.length - 5} more`] : [],
+    ...hint === undefined ? [] : [hint],
+    "",
+  ].join("\n"),
+});
+
+/** The ready lines of servers at these URLs. */
+const ready = (urls: string[], first = 0) =>
+  urls.map((url, k) => `handler ${first + k} listening on ${url}\n`).join("");
 
 // ---- newApps, handler -------------------------------------------------------
 
-test("newApps makes n empty apps", async () => {
+test("newApps makes n apps, each a router of its own", async () => {
   const apps = newApps(3);
   assertEquals(apps.length, 3);
-  for (const app of apps) assertEquals((await app.request("/")).status, 404);
+  apps[1]!.get("/only-here", (c) => c.text("here"));
+  const statuses = apps.map(async (app) =>
+    (await app.request("/only-here")).status
+  );
+  assertEquals(await Promise.all(statuses), [404, 200, 404]);
 });
 
 test("newApps refuses what is no number of servers", () => {
   for (const n of [0, -1, 1.5, NaN, Infinity, 64513, 1e21]) {
     const error = assertThrows(() => newApps(n), RangeError) as RangeError;
-    assertStringIncludes(error.message, `"${n}"`);
+    assertEquals(
+      error.message,
+      `n must be a whole number from 1 to 64512, got "${n}"`,
+    );
   }
+  assertThrows(() => newApps("3" as unknown as number), RangeError);
   assertEquals(newApps(64512).length, 64512);
 });
 
-test("each app is a router of its own", async () => {
-  const [one, two] = helloApps(2);
-  const [three, four] = newApps(2);
-  three.get("/only-here", (c) => c.text("here"));
-  assertEquals(await (await three.request("/only-here")).text(), "here");
-  assertEquals((await four.request("/only-here")).status, 404);
-  assertEquals(await (await one.request("/")).text(), "hello from handler 0");
-  assertEquals(await (await two.request("/")).text(), "hello from handler 1");
-});
-
 test("any method and path: 200, text/plain, the exact bytes", async () => {
-  const app = helloApp(7);
+  const app = newApps(1)[0]!.all("*", handler(7));
   for (const method of ["GET", "POST", "PUT", "DELETE", "OPTIONS", "FOO"]) {
-    for (
-      const path of ["/", "/a/b/", "//x", "/%ff", "/ü", "/a?b", "/?", "/*"]
-    ) {
+    for (const path of ["/", "/a/b/", "//x", "/%ff", "/ü", "/?delay=x", "/*"]) {
       const response = await app.request(path, { method });
       assertEquals(response.status, 200);
       assertMatch(response.headers.get("content-type") ?? "", /^text\/plain\b/);
@@ -208,67 +382,191 @@ test("HEAD: the same without a body", async () => {
   }
 });
 
-// ---- ?delay and ?status -----------------------------------------------------
+// ---- withFaults -------------------------------------------------------------
 
-test("?status answers with that status", async () => {
-  for (const status of [200, 201, 301, 404, 418, 429, 500, 503, 511]) {
+test("?status answers with that status, and the same body", async () => {
+  for (
+    const status of [200, 201, 301, 404, 418, 429, 499, 503, 520, 529, 599]
+  ) {
     const response = await helloApp(3).request(`/a?status=${status}`);
     assertEquals(response.status, status);
     assertMatch(response.headers.get("content-type") ?? "", /^text\/plain\b/);
     assertEquals(await response.text(), "hello from handler 3");
   }
-});
-
-test("?status of an answer without a body", async () => {
   for (const status of [204, 205, 304]) {
     const response = await helloApp(3).request(`/?status=${status}`);
-    assertEquals(response.status, status);
-    assertEquals(response.body, null);
+    assertEquals([response.status, response.body], [status, null]);
   }
 });
 
-test("a value that is no such number: 400 and what was expected", async () => {
-  const bad: [query: string, line: string][] = [];
-  for (const value of ["", "x", "-1", "1.5", "1e3", "0x10", " 1", "60001"]) {
-    bad.push([
-      `delay=${encodeURIComponent(value)}`,
-      `delay must be a whole number from 0 to 60000, got "${value}"`,
-    ]);
+/** The statuses of a request when chance draws these numbers. */
+async function statuses(query: string, chances: number[], faults?: string) {
+  const { random } = Math;
+  try {
+    const seen = [];
+    for (const chance of chances) {
+      Math.random = () => chance;
+      seen.push((await helloApp(0, faults).request(query)).status);
+    }
+    return seen;
+  } finally {
+    Math.random = random;
   }
-  for (const value of ["", "x", "20", "199", "600", "2e2", "-200", "200.0"]) {
-    bad.push([
-      `status=${value}`,
-      `status must be a whole number from 200 to 599, got "${value}"`,
-    ]);
-  }
-  bad.push(["delay", 'delay must be a whole number from 0 to 60000, got ""']);
-  bad.push(["status=299", "status 299 is unknown"]);
-  bad.push(["status=599", "status 599 is unknown"]);
-  bad.push([
-    "delay=60000&status=1",
-    'status must be a whole number from 200 to 599, got "1"',
-  ]);
-  for (const [query, line] of bad) {
-    const response = await helloApp(0).request(`/?${query}`);
-    assertEquals([response.status, await response.text()], [400, line]);
-    assertMatch(response.headers.get("content-type") ?? "", /^text\/plain\b/);
-  }
+}
+
+test("?status=<code>:<percent> is a share of the answers", async () => {
+  const chances = [0, 0.0999, 0.1, 0.9999];
+  for (
+    const [query, seen] of [
+      ["/?status=503:10", [503, 503, 200, 200]],
+      ["/?status=503:0", [200, 200, 200, 200]],
+      ["/?status=503:100", [503, 503, 503, 503]],
+      ["/?status=503", [503, 503, 503, 503]],
+    ] as const
+  ) assertEquals(await statuses(query, chances), seen);
 });
 
-test("?delay waits, alone and together with ?status", async () => {
+test("?delay waits as long as it says, also with ?status", async () => {
   const order: string[] = [];
   const ask = async (query: string) => {
     const response = await helloApp(1).request(`/?${query}`);
     assertEquals(await response.text(), "hello from handler 1");
     order.push(`${query} ${response.status}`);
   };
+  // Timers of one process fire in their order, however late they are.
+  const after = (ms: number) => sleep(ms).then(() => order.push(`${ms} ms`));
   await Promise.all([
-    ask("delay=200&status=503"),
+    after(350),
+    ask("delay=300&status=503"),
+    after(250),
+    after(150),
     ask("delay=100"),
+    after(50),
     ask("delay=0"),
-    ask("other=1"),
   ]);
-  assertEquals(order.slice(2), ["delay=100 200", "delay=200&status=503 503"]);
+  assertEquals(order, [
+    "delay=0 200",
+    "50 ms",
+    "delay=100 200",
+    "150 ms",
+    "250 ms",
+    "delay=300&status=503 503",
+    "350 ms",
+  ]);
+});
+
+test("what a request asks for wins over the handler's own faults", async () => {
+  const faults = "delay=100&status=503";
+  const order: string[] = [];
+  const ask = async (query: string) => {
+    const { status } = await helloApp(0, faults).request(query);
+    order.push(`${query} ${status}`);
+  };
+  await Promise.all([ask("/"), ask("/?delay=0"), ask("/?status=429")]);
+  assertEquals(order[0], "/?delay=0 503");
+  assertEquals(order.slice(1).sort(), ["/ 503", "/?status=429 429"]);
+  assertEquals(await statuses("/", [0, 0.5], "status=500:20"), [500, 200]);
+  assertEquals(
+    await statuses("/?status=501", [0, 0.5], "status=500:20"),
+    [501, 501],
+  );
+});
+
+const delayRange = (got: string) =>
+  `delay must be a whole number from 0 to 60000, got "${got}"`;
+const statusRange = (got: string) =>
+  `status must be a whole number from 200 to 599, got "${got}"`;
+const percentRange = (got: string) =>
+  `percent of status must be a whole number from 0 to 100, got "${got}"`;
+
+/** Faults that make no sense, and what was expected. */
+const nonsense: [faults: string, message: string][] = [
+  ...["", "x", "-1", "1.5", "1e3", "0x10", " 1", "60001"].map(
+    (value): [string, string] => [
+      `delay=${encodeURIComponent(value)}`,
+      delayRange(value),
+    ],
+  ),
+  ...["", "x", "20", "199", "600", "2e2", "-200", "200.0"].map(
+    (value): [string, string] => [`status=${value}`, statusRange(value)],
+  ),
+  ...["", "x", "101", "-1", "0.5", "10:5"].map(
+    (value): [string, string] => [`status=503:${value}`, percentRange(value)],
+  ),
+  ["delay", delayRange("")],
+  ["delay=60000&status=1", statusRange("1")],
+  [`delay=${"9".repeat(12_000)}`, delayRange("9".repeat(40) + "…")],
+];
+
+test("a request for nonsense: 400 and what was expected", async () => {
+  for (const [query, message] of nonsense) {
+    const response = await helloApp(0).request(`/?${query}`);
+    assertEquals([response.status, await response.text()], [400, message]);
+    assertMatch(response.headers.get("content-type") ?? "", /^text\/plain\b/);
+  }
+});
+
+test("withFaults refuses nonsense when it is called", () => {
+  for (
+    const [faults, message] of [
+      ...nonsense,
+      [
+        "delay=1&status=200&dealy=200",
+        'faults are delay=<ms> and status=<code>[:<percent>], got "dealy"',
+      ] as const,
+    ]
+  ) {
+    const error = assertThrows(() => withFaults(handler(0), faults));
+    assertEquals([(error as Error).name, (error as Error).message], [
+      "RangeError",
+      message,
+    ]);
+  }
+});
+
+test("withFaults takes any handler, and keeps what it answers", async () => {
+  const [app] = newApps(1);
+  app!.all("*", withFaults((c) => c.text("gone", 410, { "x-own": "yes" })));
+  for (
+    const [query, status] of [["", 410], ["?other=1", 410], [
+      "?status=200",
+      200,
+    ]]
+  ) {
+    const response = await app!.request(`/${query}`);
+    assertEquals(
+      [response.status, response.headers.get("x-own"), await response.text()],
+      [status, "yes", "gone"],
+    );
+  }
+});
+
+test("withFaults lets go of a body unread, and of no other", async () => {
+  const post = (answer: Handler, path = "/") => {
+    const request = new Request(`http://localhost${path}`, {
+      method: "POST",
+      body: "sent",
+    });
+    const [app] = newApps(1);
+    return {
+      request,
+      response: app!.all("*", withFaults(answer)).fetch(request),
+    };
+  };
+  for (const path of ["/", "/?status=503", "/?status=x"]) {
+    const { request, response } = post(handler(0), path);
+    await response;
+    assert(request.bodyUsed, path);
+  }
+  for (
+    const reading of [
+      async (c) => c.text(await c.req.text()),
+      (c) => new Response(c.req.raw.body),
+    ] as Handler[]
+  ) {
+    const answer = await post(reading).response;
+    assertEquals(await answer.text(), "sent");
+  }
 });
 
 test("a client that leaves ends the longest delay", async () => {
@@ -277,6 +575,149 @@ test("a client that leaves ends the longest delay", async () => {
   const answer = helloApp(0).request(request);
   leaving.abort();
   assertEquals((await answer).status, 200);
+});
+
+test("only a delay looks whether the client has left", async () => {
+  // Deno prints a note when `signal` is first read.
+  for (const query of ["", "?status=503", "?delay=0", "?delay=x"]) {
+    const request = new Request(`http://localhost/${query}`);
+    Object.defineProperty(request, "signal", {
+      get: () => assert(false, query),
+    });
+    await helloApp(0).fetch(request);
+  }
+});
+
+// ---- serveAll: what it refuses ----------------------------------------------
+
+test("serveAll refuses bad ports and more apps than ports", async () => {
+  const port = (got: number) =>
+    `port, unless 0, must be a whole number from 1024 to 65535, got "${got}"`;
+  const bad: [n: number, options: ServeAllOptions, message: string][] = [
+    ...[80, 1023, 65536, -1, 1024.5, NaN].map(
+      (got): typeof bad[number] => [1, { port: got }, port(got)],
+    ),
+    [
+      2,
+      { port: 65535 },
+      'only 1 of "2" servers fit on the ports from 65535 up',
+    ],
+    [
+      5537,
+      { port: 60000 },
+      'only 5536 of "5537" servers fit on the ports from 60000 up',
+    ],
+  ];
+  for (const [n, options, message] of bad) {
+    const error = await assertRejects(
+      () => serveAll(newApps(n), options),
+      RangeError,
+    );
+    assertEquals((error as Error).message, message);
+  }
+  const text = { port: "5000" } as unknown as ServeAllOptions;
+  await assertRejects(() => serveAll(newApps(1), text), RangeError);
+  const none = await assertRejects(() => serveAll([]), RangeError);
+  assertStringIncludes((none as Error).message, 'got "0"');
+});
+
+netTest(
+  "a taken port: one AggregateError, nothing left listening",
+  async () => {
+    const port = await freePorts(4);
+    await using(serveAll(newApps(1), { port: port + 2 }), async () => {
+      const error = await assertRejects(
+        () => serveAll(newApps(4), { port }),
+        AggregateError,
+      ) as AggregateError;
+      assertEquals(error.message, 'No server started on "127.0.0.1"');
+      assertEquals(
+        error.errors.map((error) => [error.message, error.cause.code]),
+        [[`port ${port + 2} is already in use`, "EADDRINUSE"]],
+      );
+      for (const i of [0, 1, 3]) assert(await isFree(port + i));
+    });
+  },
+);
+
+netTest("an empty hostname does not mean all addresses", async () => {
+  await failed(serveAll(newApps(1), { port: 0, hostname: "" }));
+});
+
+// ---- serveAll: what it serves -----------------------------------------------
+
+netTest("app i listens on port + i", async () => {
+  const port = await freePorts(3);
+  await using(serveAll(helloApps(3), { port }), async (urls) => {
+    assertEquals(urls, [0, 1, 2].map((i) => `http://127.0.0.1:${port + i}`));
+    for (const [i, url] of urls.entries()) {
+      assertEquals(await get(url), `hello from handler ${i}`);
+    }
+  });
+});
+
+netTest("port 0 gives every app a free port", async () => {
+  await using(serveAll(helloApps(5), { port: 0 }), async (urls) => {
+    assertEquals(new Set(urls.map(portOf)).size, 5);
+    assertEquals(
+      await Promise.all(urls.map(get)),
+      urls.map((_, i) => `hello from handler ${i}`),
+    );
+  });
+});
+
+netTest("what goes over the wire", async () => {
+  await using(serveAll(helloApps(1), { port: 0 }), async ([url]) => {
+    const ask = (method: string, path = "/") =>
+      raw(
+        portOf(url),
+        `${method} ${path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n`,
+      );
+    for (const method of ["GET", "DELETE", "OPTIONS", "PROPFIND"]) {
+      const [head = "", body] = (await ask(method)).split("\r\n\r\n");
+      assertMatch(head, /^HTTP\/1.1 200 OK\r\n/);
+      assertMatch(head, /^content-type: text\/plain;/im);
+      assertMatch(head, /^content-length: 20\r?$/im);
+      assertEquals(body, "hello from handler 0");
+    }
+    // Old clients do not say which host they mean.
+    for (const version of ["1.0", "1.1\r\nconnection: close"]) {
+      const answer = await raw(portOf(url), `GET / HTTP/${version}\r\n\r\n`);
+      assertMatch(answer, / 200 OK/);
+    }
+    for (const [method, path] of [["HEAD", "/"], ["GET", "/?status=204"]]) {
+      const [, body] = (await ask(method!, path)).split("\r\n\r\n");
+      assertEquals(body, "");
+    }
+    assertMatch(await ask("GET", "/?status=503"), /^HTTP\/1.1 503 /);
+    assertMatch(await ask("GET", "/?status=599"), /^HTTP\/1.1 599 /);
+  });
+});
+
+netTest("no hello for CONNECT, nor late for who stopped sending", async () => {
+  await using(serveAll(helloApps(1), { port: 0 }), async ([url]) => {
+    const port = portOf(url);
+    const rest = "HTTP/1.1\r\nhost: a:1\r\nconnection: close\r\n\r\n";
+    assert(!(await raw(port, `CONNECT a:1 ${rest}`)).includes("hello"));
+    const socket = await dial(port);
+    socket.end(`GET /?delay=60000 ${rest}`);
+    assertEquals(await text(socket), "");
+  });
+});
+
+netTest("serves whatever has a fetch, and tells it who asks", async () => {
+  class Counter {
+    count = 0;
+    fetch(_request: Request, { remoteAddr }: Deno.ServeHandlerInfo) {
+      const { hostname } = remoteAddr as Deno.NetAddr;
+      return new Response(`${++this.count} ${hostname}`);
+    }
+  }
+  const apps = [new Counter(), { fetch: () => new Response("own") }];
+  await using(serveAll(apps, { port: 0 }), async (urls) => {
+    assertEquals(await Promise.all(urls.map(get)), ["1 127.0.0.1", "own"]);
+    assertEquals(await get(urls[0]), "2 127.0.0.1");
+  });
 });
 
 netTest("a client that hangs up frees its timer", async () => {
@@ -290,8 +731,8 @@ netTest("a client that hangs up frees its timer", async () => {
     done.resolve();
     return response;
   };
-  await using(serveAll([{ fetch }], { port: 0 }), async ({ urls }) => {
-    const socket = await dial(portOf(urls[0]));
+  await using(serveAll([{ fetch }], { port: 0 }), async ([url]) => {
+    const socket = await dial(portOf(url));
     socket.write("GET /?delay=60000 HTTP/1.1\r\nhost: localhost\r\n\r\n");
     await arrived.promise;
     socket.destroy();
@@ -299,149 +740,49 @@ netTest("a client that hangs up frees its timer", async () => {
   });
 });
 
-// ---- serveAll ---------------------------------------------------------------
+netTest("300 servers loaded at once: no answer lost or mixed up", async () => {
+  await using(serveAll(helloApps(300), { port: 0 }), async (urls) => {
+    await Promise.all(urls.map(async (url, i) => {
+      for (let k = 0; k < 10; k++) {
+        assertEquals(await get(url), `hello from handler ${i}`);
+      }
+    }));
+  });
+});
 
-netTest("app i listens on port + i", async () => {
-  const port = await freePorts(3);
-  await using(serveAll(helloApps(3), { port }), async ({ urls }) => {
-    assertEquals(
-      urls,
-      [0, 1, 2].map((i) => `http://localhost:${port + i}`),
-    );
-    for (const [i, url] of urls.entries()) {
-      assertEquals(await get(url), `hello from handler ${i}`);
+/** A POST with a body of so many bytes, of which these come at once. */
+const post = (bytes: number, now = bytes) =>
+  `POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: ${bytes}\r\n\r\n` +
+  "x".repeat(now);
+
+netTest("uploads nobody reads: answered, on the same connection", async () => {
+  const size = 3_000_000;
+  await using(serveAll(helloApps(1), { port: 0 }), async ([url]) => {
+    const socket = await dial(portOf(url));
+    const { times } = received(socket);
+    for (const n of [1, 2, 3]) {
+      socket.write(post(size));
+      await times("hello from handler 0", n);
     }
-  });
-});
-
-netTest("numbers as text, from JavaScript, are numbers", async () => {
-  const port = await freePorts(4);
-  const options = { port: `${port}`, first: "3" } as unknown as {
-    port: number;
-  };
-  await using(serveAll(newApps(1), options), ({ urls }) => {
-    assertEquals(urls, [`http://localhost:${port + 3}`]);
-  });
-});
-
-netTest("port 0 gives every app a free port", async () => {
-  await using(serveAll(helloApps(5), { port: 0 }), async ({ urls }) => {
-    assertEquals(new Set(urls.map(portOf)).size, 5);
-    assertEquals(
-      await Promise.all(urls.map(get)),
-      urls.map((_, i) => `hello from handler ${i}`),
-    );
-  });
-});
-
-netTest("what goes over the wire", async () => {
-  await using(serveAll(helloApps(1), { port: 0 }), async ({ urls }) => {
-    const ask = (method: string, path = "/") =>
-      raw(
-        portOf(urls[0]),
-        `${method} ${path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n`,
-      );
-    for (const method of ["GET", "DELETE", "OPTIONS", "PROPFIND"]) {
-      const [head, body] = (await ask(method)).split("\r\n\r\n");
-      assertMatch(head, /^HTTP\/1.1 200 OK\r\n/);
-      assertMatch(head, /^content-type: text\/plain;/im);
-      assertMatch(head, /^content-length: 20\r?$/im);
-      assertEquals(body, "hello from handler 0");
+    // A slow one: it goes on long after the answer.
+    socket.write(post(size, 0));
+    for (let sent = 0; sent < size; sent += size / 10) {
+      socket.write("x".repeat(size / 10));
+      await sleep(100);
     }
-    const port = portOf(urls[0]);
-    // Old clients do not say which host they mean.
-    for (const version of ["1.0", "1.1\r\nconnection: close"]) {
-      assertMatch(await raw(port, `GET / HTTP/${version}\r\n\r\n`), / 200 OK/);
-    }
-    for (const [method, path] of [["HEAD", "/"], ["GET", "/?status=204"]]) {
-      const [, body] = (await ask(method, path)).split("\r\n\r\n");
-      assertEquals(body, "");
-    }
-    assertMatch(await ask("GET", "/?status=503"), /^HTTP\/1.1 503 /);
+    socket.write(post(10));
+    await times("hello from handler 0", 5);
+    socket.destroy();
   });
 });
 
-netTest("no hello for CONNECT, nor late for who stopped sending", async () => {
-  await using(serveAll(helloApps(1), { port: 0 }), async ({ urls }) => {
-    const port = portOf(urls[0]);
-    const rest = "HTTP/1.1\r\nhost: a:1\r\nconnection: close\r\n\r\n";
-    assert(!(await raw(port, `CONNECT a:1 ${rest}`)).includes("hello"));
-    const socket = await dial(port);
-    socket.end(`GET /?delay=60000 ${rest}`);
-    assertEquals(await text(socket), "");
-  });
-});
-
-netTest("every server keeps its number under concurrent requests", async () => {
-  await using(serveAll(helloApps(20), { port: 0 }), async ({ urls }) => {
-    const asked = Array.from({ length: 400 }, (_, k) => k * 7 % 20);
-    const answers = await Promise.all(asked.map((i) => get(urls[i])));
-    assertEquals(answers, asked.map((i) => `hello from handler ${i}`));
-  });
-});
-
-netTest("serves whatever has a fetch, as its method", async () => {
-  class Counter {
-    count = 0;
-    fetch(_request: Request) {
-      return new Response(`${++this.count}`);
-    }
-  }
-  const apps = [new Counter(), { fetch: () => new Response("own") }];
-  await using(serveAll(apps, { port: 0 }), async ({ urls }) => {
-    assertEquals(await Promise.all(urls.map(get)), ["1", "own"]);
-    assertEquals(await get(urls[0]), "2");
-  });
-});
-
-netTest("an app learns who asks, and when that is done", async () => {
-  const order: string[] = [];
-  const done = Promise.withResolvers<void>();
-  const app = {
-    async fetch(_request: Request, info: Deno.ServeHandlerInfo) {
-      info.completed.then(() => order.push("completed"))
-        .then(() => done.resolve());
-      await nextTurn();
-      order.push("answered");
-      return new Response((info.remoteAddr as Deno.NetAddr).hostname);
-    },
-  };
-  await using(serveAll([app], { port: 0 }), async ({ urls }) => {
-    assertMatch(await get(urls[0]), /^(127\.0\.0\.1|::1)$/);
-    await done.promise;
-    assertEquals(order, ["answered", "completed"]);
-  });
-});
-
-netTest("an app that throws answers 500, its neighbours go on", async () => {
-  const apps = helloApps(3);
-  apps[1] = newApps(1)[0].onError((_error, c) => c.text("sorry", 500));
-  apps[1].get("/", () => {
-    throw new Error("on purpose");
-  });
-  await using(serveAll(apps, { port: 0 }), async ({ urls }) => {
-    const response = await fetch(urls[1]);
-    assertEquals([response.status, await response.text()], [500, "sorry"]);
-    assertEquals(await get(urls[0]), "hello from handler 0");
-    assertEquals(await get(urls[2]), "hello from handler 2");
-  });
-});
-
-netTest("malformed HTTP on one port harms nobody", async () => {
-  await using(serveAll(helloApps(2), { port: 0 }), async ({ urls }) => {
-    for (const bytes of ["nonsense\r\n\r\n", "GET /\x01 HTTP/1.1\r\n\r\n"]) {
-      assertMatch(await raw(portOf(urls[0]), bytes), /^(HTTP\/1.1 400 |$)/);
-    }
-    assertEquals(await get(urls[0]), "hello from handler 0");
-    assertEquals(await get(urls[1]), "hello from handler 1");
-  });
-});
+// ---- serveAll: how it stops -------------------------------------------------
 
 netTest("shutdown answers what is in flight and lets nobody in", async () => {
   const arrived = Promise.withResolvers<void>();
   const release = Promise.withResolvers<void>();
   const apps = newApps(2);
-  apps[0].get("/", async (c) => {
+  apps[0]!.get("/", async (c) => {
     arrived.resolve();
     await release.promise;
     return c.text("at last");
@@ -450,13 +791,11 @@ netTest("shutdown answers what is in flight and lets nobody in", async () => {
   const ports = servers.urls.map(portOf);
   const done: string[] = [];
   const finished = servers.finished.then(() => done.push("finished"));
-  const answer = get(servers.urls[0]);
+  const answer = get(servers.urls[0]!);
   await arrived.promise;
   const stopping = servers.shutdown().then(() => done.push("shutdown"));
   const again = servers.shutdown();
-  for (const port of ports) {
-    await assertRejects(() => dial(port));
-  }
+  for (const port of ports) await assertRejects(() => dial(port));
   assertEquals(done, []);
   release.resolve();
   assertEquals(await answer, "at last");
@@ -467,8 +806,9 @@ netTest("shutdown answers what is in flight and lets nobody in", async () => {
 
 netTest("silent and kept-alive connections do not hold it up", async () => {
   const servers = await serveAll(helloApps(2), { port: 0 });
-  const silent = await dial(portOf(servers.urls[0]));
-  const idle = await dial(portOf(servers.urls[1]));
+  const [silent, idle] = await Promise.all(
+    servers.urls.map((url) => dial(portOf(url))),
+  ) as [Socket, Socket];
   idle.write("GET / HTTP/1.1\r\nhost: localhost\r\n\r\n");
   await once(idle, "data");
   const gone = [once(silent, "close"), once(idle, "close")];
@@ -485,122 +825,414 @@ netTest("asyncDispose is shutdown", async () => {
   for (const url of servers.urls) assert(await isFree(portOf(url)));
 });
 
-netTest(
-  "a taken port: one AggregateError, nothing left listening",
-  async () => {
-    const port = await freePorts(4);
-    await using(serveAll(newApps(1), { port: port + 2 }), async () => {
-      const errors = await failed(serveAll(newApps(4), { port }));
-      assertEquals(
-        errors.map((error) => error.message),
-        [`handler 2: port ${port + 2} is already in use`],
-      );
-      assertEquals(errors[0].cause.code, "EADDRINUSE");
-      for (const i of [0, 1, 3]) assert(await isFree(port + i));
-    });
-  },
-);
+// ---- A server that cannot accept --------------------------------------------
 
-netTest("first counts handlers and ports from there", async () => {
-  const port = await freePorts(6);
-  await using(serveAll(newApps(1), { port: port + 5 }), async () => {
-    const errors = await failed(serveAll(newApps(2), { port, first: 4 }));
-    assertEquals(
-      errors.map((error) => error.message),
-      [`handler 5: port ${port + 5} is already in use`],
-    );
+/** Two servers without a network, of which the first is to fail. */
+async function twoServers(
+  fn: (
+    servers: MultiServer,
+    standIns: StandIn[],
+    refuse: (code?: string) => void,
+  ) => Promise<void>,
+) {
+  let code: string | undefined;
+  const stand = standIns(() => {
+    if (code !== undefined) throw systemError(code);
+  });
+  await replacing({ serve: stand.serve }, async () => {
+    const servers = await serveAll(helloApps(2), { port: 5000 });
+    await fn(servers, stand.servers, (c) => code = c);
+  });
+}
+
+/** Resolves once so many servers have been started. */
+async function untilStarted(servers: StandIn[], n: number) {
+  while (servers.length < n) await sleep(5);
+}
+
+test("a server that fails to accept listens again, as it was", async () => {
+  await twoServers(async (servers, standIns, refuse) => {
+    const [first, second] = standIns as [StandIn, StandIn];
+    const inFlight = Promise.withResolvers<void>();
+    first.inFlight = inFlight.promise;
+    refuse("EMFILE"); // nor can it listen again at once
+    first.fail(systemError("ECONNABORTED"));
+    await sleep(250);
+    refuse(undefined);
+    await untilStarted(standIns, 3);
+    standIns[2]!.fail(systemError("EMFILE")); // it may fail more than once
+    await untilStarted(standIns, 4);
+    const { port, fetch } = standIns[3]!;
+    assertEquals(port, 5000);
+    const answer = await fetch(new Request("http://localhost/"));
+    assertEquals(await answer.text(), "hello from handler 0");
+    assertEquals(second.shutdowns, 0);
+
+    // What the first had accepted is answered before all has ended.
+    let finished = false;
+    const stopping = Promise.all([
+      servers.shutdown(),
+      servers.finished.then(() => finished = true),
+    ]);
+    await sleep(20);
+    assertEquals(finished, false);
+    inFlight.resolve();
+    await stopping;
+    assertEquals(standIns.length, 4);
   });
 });
 
-netTest("an empty hostname does not mean all addresses", async () => {
-  const starting = serveAll(newApps(1), { port: 0, hostname: "" });
-  assertEquals(
-    (await failed(starting)).map((error) => error.message),
-    ["handler 0: port 0: unknown host name"],
-  );
+test("shutdown while it waits to listen again", async () => {
+  await twoServers(async (servers, standIns) => {
+    standIns[0]!.fail(systemError("EMFILE"));
+    await sleep(1);
+    await servers.shutdown();
+    await servers.finished;
+    assertEquals(standIns.length, 2);
+  });
 });
 
-test("serveAll refuses bad ports and more apps than ports", async () => {
-  const bad: [
-    n: number,
-    options: Parameters<typeof serveAll>[1],
-    value: string,
-  ][] = [
-    [1, { port: 80 }, "80"],
-    [1, { port: 1023 }, "1023"],
-    [1, { port: 65536 }, "65536"],
-    [1, { port: -1 }, "-1"],
-    [1, { port: 1024.5 }, "1024.5"],
-    [1, { port: NaN }, "NaN"],
-    [2, { port: 65535 }, "2"],
-    [5537, { port: 60000 }, "5537"],
-    [1, { first: -1 }, "-1"],
-    [1, { first: 64512 }, "64512"],
-    [3, { port: 65000, first: 534 }, "3"],
-  ];
-  for (const [n, options, value] of bad) {
-    const error = await assertRejects(
-      () => serveAll(newApps(n), options),
-      RangeError,
-    ) as RangeError;
-    assertStringIncludes(error.message, `got "${value}"`);
+test("a port that is lost meanwhile rejects finished", async () => {
+  await twoServers(async (servers, standIns, refuse) => {
+    refuse("EADDRINUSE");
+    standIns[0]!.fail(systemError("EMFILE"));
+    const error = await assertRejects(() => servers.finished) as Error;
+    assertEquals(error.message, "port 5000 is already in use");
+    assertEquals((error.cause as { code: string }).code, "EADDRINUSE");
+    await servers.shutdown();
+    assertEquals(standIns[1]!.shutdowns, 1);
+  });
+});
+
+test("port 0: it listens again on the port it had", async () => {
+  const { serve, servers: standIn } = standIns();
+  await replacing({ serve }, async () => {
+    await using(serveAll(helloApps(1), { port: 0 }), async () => {
+      standIn[0]!.fail(systemError("EMFILE"));
+      await untilStarted(standIn, 2);
+      assertEquals(standIn[1]!.port, 40_000);
+    });
+  });
+});
+
+// ---- The command line: what it refuses --------------------------------------
+
+const nRange = (got: string) =>
+  `n must be a whole number from 1 to 64512, got "${got}"`;
+const portRange = (got: string) =>
+  `port, unless 0, must be a whole number from 1024 to 65535, got "${got}"`;
+const firstRange = (got: string, max = 64511) =>
+  `first must be a whole number from 0 to ${max}, got "${got}"`;
+const twoNs = (got: string) => `one n is enough, got "${got}"`;
+const needsValue = (option: string) => `--${option} needs a value`;
+const noValue = (got: string) => `this option takes no value: "${got}"`;
+const unknown = (option: string) => `unknown option "${option}"`;
+
+/** Wrong command lines and what they are told. */
+const wrong: [args: string[], message: string][] = [
+  ...["abc", "3.5", "3.0", "1e3", "0x10", "0", "00", "+3", "٣", "", " 3", "3 "]
+    .map((n): [string[], string] => [[n], nRange(n)]),
+  ...["1_000", "Infinity", "64513", "99999999999999999999"]
+    .map((n): [string[], string] => [[n], nRange(n)]),
+  [["64513", "-p", "0"], nRange("64513")],
+  [["3\n4"], nRange("3\\n4")],
+  [["9".repeat(12_000)], nRange("9".repeat(40) + "…")],
+  [["--", "-3"], nRange("-3")],
+  [["-"], nRange("-")],
+  [["--_"], nRange("")],
+  [["-v"], "n is missing"],
+  [["-p", "5000"], "n is missing"],
+  [["3", "4"], twoNs("3 4")],
+  [["3", ""], twoNs("3 ")],
+  [["--_=x", "3"], twoNs("x 3")],
+  [["-3"], unknown("-3")],
+  [["-x", "3"], unknown("-x")],
+  [["--prot", "5000", "3"], unknown("--prot")],
+  [["--prot=5000", "3"], unknown("--prot=5000")],
+  [["--no-verbose", "3"], unknown("--no-verbose")],
+  [["--constructor", "3"], unknown("--constructor")],
+  [["-v3"], noValue("-v3")],
+  [["-v=1", "3"], noValue("-v=1")],
+  [["3", "--verbose=1"], noValue("--verbose=1")],
+  [["3", "--help=no"], noValue("--help=no")],
+  [["3", "-h1"], noValue("-h1")],
+  [["3", "-p"], needsValue("port")],
+  [["3", "--port"], needsValue("port")],
+  [["3", "--port="], needsValue("port")],
+  [["3", "-p", "-v"], needsValue("port")],
+  [["3", "-f"], needsValue("first")],
+  [["3", "-H"], needsValue("hostname")],
+  [["3", "-H", ""], needsValue("hostname")],
+  [["3", "--hostname="], needsValue("hostname")],
+  [["3", "--faults"], needsValue("faults")],
+  ...["80", "1023", "65536", "http", "-1", "1e4", "00", " 0"].map(
+    (port): [string[], string] => [["3", `--port=${port}`], portRange(port)],
+  ),
+  [
+    ["2", "-p", "65535"],
+    'only 1 of "2" servers fit on the ports from 65535 up',
+  ],
+  [
+    ["536", "-p", "60000", "-f", "5001"],
+    'only 535 of "536" servers fit on the ports from 65001 up',
+  ],
+  [["3", "-f", "x"], firstRange("x")],
+  [["3", "--first=-1"], firstRange("-1")],
+  [["3", "-f", "64512"], firstRange("64512")],
+  [["3", "-p", "0", "-f", "64512"], firstRange("64512")],
+  [["3", "-p", "65000", "-f", "536"], firstRange("536", 535)],
+  [["3", "--faults", "delay=-1"], delayRange("-1")],
+  [["3", "--faults", "status=503:101"], percentRange("101")],
+  [
+    ["3", "--faults", "dealy=1"],
+    'faults are delay=<ms> and status=<code>[:<percent>], got "dealy"',
+  ],
+];
+
+const toldWrong = (message: string): Ended => ({
+  code: 2,
+  stdout: "",
+  stderr: `multiserv: ${message}\nTry --help\n`,
+});
+
+test("wrong command lines: what is wrong, exit 2", async () => {
+  for (const [args, message] of wrong) {
+    const ended = await inProcess(args);
+    assertEquals(ended, toldWrong(message), `multiserv ${args.join(" ")}`);
   }
-  const none = await assertRejects(
-    () => serveAll([]),
-    RangeError,
-  ) as RangeError;
-  assertStringIncludes(none.message, 'got "0"');
 });
 
-test("every way the machine can refuse has its words", async () => {
-  // The real refusals that a test can arrange are in the tests of the command.
-  const refusals: [code: string, why: string, hint: string][] = [
-    ["EADDRINUSE", " is already in use", "Try another --port"],
-    [
-      "EADDRNOTAVAIL",
-      ": address not on this machine",
-      "Try another --hostname",
-    ],
-    ["EACCES", ": permission denied", "Try another --port"],
-    ["EMFILE", ": too many open files", "Raise ulimit -n or start fewer"],
-    ["EOTHER", ": told EOTHER", "Try another --port"],
-  ];
-  const { serve, addSignalListener } = Deno;
-  const { error: print } = console;
-  try {
-    // A signal that comes before the failure changes nothing about it.
-    Deno.addSignalListener = (signal, stop) => {
-      if (signal === "SIGINT") stop();
-    };
-    for (const [code, why, hint] of refusals) {
-      const cause = Object.assign(new Error(`told ${code}`), { code });
-      Deno.serve = () => {
-        throw cause;
-      };
-      const [error] = await failed(serveAll(newApps(1)));
-      assertEquals(error.message, `handler 0: port 1024${why}`);
-      assertEquals(error.cause, cause);
-
-      let printed = "";
-      console.error = (line: string) => printed += `${line}\n`;
-      const exitCode = await main(["1"]);
-      const list = [`handler 0: port 1024${why}`];
-      assertEquals(
-        { code: exitCode, stdout: "", stderr: printed },
-        refused("localhost", list, hint),
-      );
-    }
-  } finally {
-    Object.assign(Deno, { serve, addSignalListener });
-    console.error = print;
+test("no argument at all: n is missing, and the usage", async () => {
+  const usage = (await inProcess(["--help"])).stdout;
+  assertMatch(usage, /^Usage: multiserv \[options\] <n>\n/);
+  assertEquals(await inProcess([]), {
+    code: 2,
+    stdout: "",
+    stderr: `multiserv: n is missing\n${usage}`,
+  });
+  for (const args of [["-h"], ["3", "-p", "80", "-h"], ["-vh"]]) {
+    const ended = await inProcess(args);
+    assertEquals(ended, { code: 0, stdout: usage, stderr: "" });
   }
 });
 
 test("a fault of the program itself is not called one of its user", async () => {
-  await assertRejects(() => main(null as unknown as string[]), TypeError);
+  await assertRejects(() => inProcess(null as unknown as string[]), TypeError);
+  const broken = () => {
+    throw new SyntaxError("broken");
+  };
+  const { stderr } = await inProcess(["1"], { serve: broken });
+  assertStringIncludes(stderr, "port 1024: broken");
 });
 
-// ---- The command line -------------------------------------------------------
+test("every way the machine can refuse has its words", async () => {
+  // The real refusals that a test can arrange are in the tests below.
+  const inUse = "is already in use";
+  const elsewhere = ["address not on this machine", "Try another --hostname"];
+  const files = ["too many open files", "Raise ulimit -n or start fewer"];
+  const refusals: [code: string, why: string, hint?: string][] = [
+    ["EADDRINUSE", inUse, "Try another --port"],
+    ["EACCES", "permission denied", "Try another --port"],
+    ["EADDRNOTAVAIL", ...elsewhere as [string, string]],
+    ["EAFNOSUPPORT", ...elsewhere as [string, string]],
+    ["EINVAL", ...elsewhere as [string, string]],
+    ["EMFILE", ...files as [string, string]],
+    ["ENFILE", ...files as [string, string]],
+    ["EBUSY", ...files as [string, string]],
+    // The words of an error are not searched: host names stand in them.
+    ["EOTHER", "told EADDRINUSE too many files"],
+  ];
+  for (const [code, why, hint] of refusals) {
+    const words = "told EADDRINUSE too many files";
+    const { serve } = standIns(() => {
+      throw systemError(code, words);
+    });
+    const line = `port 1024${why === inUse ? " " : ": "}${why}`;
+    assertEquals(
+      await inProcess(["1"], { serve }),
+      refused("127.0.0.1", [line], hint),
+    );
+  }
+});
+
+test("no access: the flag to add, with the host", async () => {
+  const { serve } = standIns(() => {
+    throw Object.assign(new Error("no"), { name: "NotCapable" });
+  });
+  for (
+    const [hostname, host] of [["127.0.0.1", "127.0.0.1"], ["::1", "[::1]"]]
+  ) {
+    assertEquals(
+      await inProcess(["2", "-H", hostname!], { serve }),
+      refused(
+        hostname!,
+        ["port 1024: no network access", "port 1025: no network access"],
+        `Allow it: deno run --allow-net=${host}`,
+      ),
+    );
+  }
+});
+
+test("many errors: five of them, how many more, the last one's hint", async () => {
+  for (const n of [5, 6, 8]) {
+    const { serve } = standIns((port) => {
+      throw systemError(port === 1024 + n - 1 ? "EMFILE" : "EADDRINUSE");
+    });
+    const list = Array.from(
+      { length: n },
+      (_, k) =>
+        k === n - 1
+          ? `port ${1024 + k}: too many open files`
+          : `port ${1024 + k} is already in use`,
+    );
+    assertEquals(
+      await inProcess([`${n}`], { serve }),
+      refused("127.0.0.1", list, "Raise ulimit -n or start fewer"),
+    );
+  }
+});
+
+// ---- The command line: what it does -----------------------------------------
+
+test("where it listens: port, first and hostname, or their defaults", async () => {
+  for (
+    const [args, hostname, ports, numbers] of [
+      [["2"], "127.0.0.1", [1024, 1025], [0, 1]],
+      [["2", "--port=5000", "--first", "3"], "127.0.0.1", [5003, 5004], [3, 4]],
+      [["1", "-p", "65000", "-f", "535"], "127.0.0.1", [65535], [535]],
+      [["-v", "3"], "127.0.0.1", [1024, 1025, 1026], [0, 1, 2]],
+      [["1", "-p0", "-f64511"], "127.0.0.1", [40_000], [64511]],
+      [["1", "-H", "::1"], "[::1]", [1024], [0]],
+      [["1", "-H", "[::1]"], "[::1]", [1024], [0]],
+    ] as const
+  ) {
+    const { serve, servers } = standIns();
+    const { code, stdout } = await inProcess([...args], {
+      serve,
+      async whileRunning({ press, until }) {
+        await until(`:${ports.at(-1)}\n`);
+        const answers = servers.map(async ({ fetch }) =>
+          await (await fetch(new Request("http://localhost/a"))).text()
+        );
+        assertEquals(
+          await Promise.all(answers),
+          numbers.map((i) => `hello from handler ${i}`),
+        );
+        press("SIGTERM");
+      },
+    });
+    assertEquals([code, stdout], [
+      0,
+      ports.map((port, k) =>
+        `handler ${numbers[k]} listening on http://${hostname}:${port}\n`
+      ).join(""),
+    ]);
+  }
+});
+
+test("--faults holds for requests that do not ask", async () => {
+  const { serve, servers } = standIns();
+  await inProcess(["1", "--faults", "status=503"], {
+    serve,
+    async whileRunning({ press, until }) {
+      await until("listening");
+      for (const [query, status] of [["", 503], ["?status=200", 200]]) {
+        const request = new Request(`http://localhost/${query}`);
+        assertEquals((await servers[0]!.fetch(request)).status, status);
+      }
+      press("SIGINT");
+    },
+  });
+});
+
+test("a second signal ends it at once, also while it starts", async () => {
+  for (const [signal, code] of [["SIGINT", 130], ["SIGTERM", 143]] as const) {
+    const { serve, servers } = standIns();
+    const inFlight = Promise.withResolvers<void>();
+    await inProcess(["1"], {
+      serve,
+      async whileRunning({ press, until, exits }) {
+        press("SIGINT"); // nothing has been awaited yet
+        await until("listening");
+        servers[0]!.inFlight = inFlight.promise;
+        press(signal);
+        assertEquals(exits, [code]);
+        inFlight.resolve();
+      },
+    });
+  }
+});
+
+test("on a terminal: how to stop, and why it takes a while", async () => {
+  const { serve, servers } = standIns();
+  const inFlight = Promise.withResolvers<void>();
+  const notice = "Answering requests in flight; Ctrl+C again stops now\n";
+  const { stderr } = await inProcess(["1"], {
+    serve,
+    terminal: true,
+    async whileRunning({ press, until }) {
+      await until("Press Ctrl+C to stop\n");
+      servers[0]!.inFlight = inFlight.promise;
+      press("SIGINT");
+      await until(notice);
+      inFlight.resolve();
+    },
+  });
+  assertEquals(stderr, `Press Ctrl+C to stop\n${notice}`);
+});
+
+test("a port that is lost later: the rest stops, exit 1 and why", async () => {
+  let lost = false;
+  const { serve, servers } = standIns(() => {
+    if (lost) throw systemError("EADDRINUSE");
+  });
+  const { code, stderr } = await inProcess(["2"], {
+    serve,
+    async whileRunning({ until }) {
+      await until("listening");
+      lost = true;
+      servers[1]!.fail(systemError("EMFILE"));
+    },
+  });
+  assertEquals([code, servers[0]!.shutdowns], [1, 1]);
+  assertEquals(
+    stderr,
+    "multiserv: All servers stopped\nport 1025 is already in use\n" +
+      "Try another --port\n",
+  );
+});
+
+test("--verbose: path and query only, so that no client forges a line", async () => {
+  const { serve, servers } = standIns();
+  const { stderr } = await inProcess(["2", "-v", "--first", "7"], {
+    serve,
+    async whileRunning({ press, until }) {
+      await until("listening");
+      const ask = (url: string, init?: RequestInit) => {
+        const request = new Request("http://localhost/", init);
+        // As Deno has it: made of what the client sends, valid or not.
+        Object.defineProperty(request, "url", { value: url });
+        return servers[1]!.fetch(request);
+      };
+      await ask("http://localhost/a?status=404");
+      await ask("http://b/c", { method: "POST", body: "x" });
+      await ask("http://localhost//d\u009b\u202e \x1b[31m?\u009b=\u202e");
+      await ask("http://[/e");
+      await ask("http://a/ 200 handler 7: GET http://b/f");
+      press("SIGTERM");
+    },
+  });
+  assertEquals(
+    stderr,
+    "handler 8: GET /a?status=404 404\n" +
+      "handler 8: POST /c 200\n" +
+      "handler 8: GET //d%C2%9B%E2%80%AE%20%1B[31m?%C2%9B=%E2%80%AE 200\n" +
+      "handler 8: GET /e 200\n" +
+      "handler 8: GET /%20200%20handler%207:%20GET%20http://b/f 200\n",
+  );
+});
+
+// ---- The command, as a process ----------------------------------------------
 
 const here = dirname(fileURLToPath(import.meta.url));
 const runtime = process.execPath;
@@ -608,23 +1240,17 @@ const command = onDeno
   ? [runtime, "run", "--allow-net", "multiserv.ts"]
   : [runtime, "node/multiserv.ts"];
 
-interface Ended {
-  code: number | null;
-  stdout: string;
-  stderr: string;
-}
-
 /** Starts a command in the repository. */
 function start(words: string[], stdin: "ignore" | "pipe" = "ignore") {
   const child = spawn("env", ["NO_COLOR=1", ...words], {
     cwd: here,
     stdio: [stdin, "pipe", "pipe"],
   });
-  children.add(child);
   const closed = once(child, "close").then(([code]) => {
     children.delete(child);
     return code as number | null;
   });
+  children.set(child, closed);
   const kill = (signal: NodeJS.Signals) => process.kill(child.pid!, signal);
   return { child, stdout: child.stdout!, stderr: child.stderr!, closed, kill };
 }
@@ -636,8 +1262,7 @@ function launch(words: string[]) {
     closed,
     text(stdout),
     text(stderr),
-  ])
-    .then(([code, stdout, stderr]) => ({ code, stdout, stderr }));
+  ]).then(([code, stdout, stderr]) => ({ code, stdout, stderr }));
   return { child, ended, kill };
 }
 
@@ -660,7 +1285,7 @@ async function serving(n: number, words: string[]) {
     });
     ended.then(({ stderr }) => reject(new Error(stderr)));
   });
-  return { urls, ended, kill };
+  return { urls: urls as [string, ...string[]], ended, kill };
 }
 
 /** Starts `multiserv` on free ports and waits for its ready lines. */
@@ -673,10 +1298,6 @@ const withFiles = (files: number, ...args: string[]) => {
   return ["sh", "-c", line, "sh", ...command, ...args];
 };
 
-/** The ready lines of servers at these URLs. */
-const ready = (urls: string[], first = 0) =>
-  urls.map((url, k) => `handler ${first + k} listening on ${url}\n`).join("");
-
 /** Waits until somebody listens, or nobody does any more. */
 async function untilListening(port: number, listening: boolean) {
   for (;;) {
@@ -686,96 +1307,14 @@ async function untilListening(port: number, listening: boolean) {
   }
 }
 
-const range = (n: string, from = 1024) =>
-  `n, for ports from ${from} up, must be a whole number from 1 to ${
-    65536 - from
-  }, got "${n}"`;
-const portRange = (port: string) =>
-  `port, unless 0, must be a whole number from 1024 to 65535, got "${port}"`;
-const firstRange = (first: string, max = 64511) =>
-  `first must be a whole number from 0 to ${max}, got "${first}"`;
-const noHost = 'hostname must not be empty, got ""';
-const unknown = (option: string) => `unknown option "${option}"`;
-
-/** Wrong command lines and what they are told, the same on both runtimes. */
-const wrong: [args: string[], message: string][] = [
-  [[], range("")],
-  [[""], range("")],
-  [["3", "4"], range("3 4")],
-  [["3", ""], range("3 ")],
-  [["abc"], range("abc")],
-  [["3.5"], range("3.5")],
-  [["3.0"], range("3.0")],
-  [["1e3"], range("1e3")],
-  [["0x10"], range("0x10")],
-  [["0"], range("0")],
-  [["00"], range("00")],
-  [["+3"], range("+3")],
-  [["٣"], range("٣")],
-  [[" 3"], range(" 3")],
-  [["3 "], range("3 ")],
-  [["1_000"], range("1_000")],
-  [["Infinity"], range("Infinity")],
-  [["64513"], range("64513")],
-  [["64513", "-p", "0"], range("64513")],
-  [["3\n4"], range("3\n4")],
-  [["99999999999999999999"], range("99999999999999999999")],
-  [["--", "-3"], range("-3")],
-  [["-"], range("-")],
-  [["--_"], range("")],
-  [["--_=x", "3"], range("x 3")],
-  [["-3"], unknown("-3")],
-  [["-x", "3"], unknown("-x")],
-  [["--prot", "5000", "3"], unknown("--prot")],
-  [["--prot=5000", "3"], unknown("--prot=5000")],
-  [["--no-verbose", "3"], unknown("--no-verbose")],
-  [["--constructor", "3"], unknown("--constructor")],
-  [["3", "-p"], portRange("")],
-  [["3", "--port"], portRange("")],
-  [["3", "--port="], portRange("")],
-  [["3", "-p", "-v"], portRange("")],
-  [["3", "-p", "80"], portRange("80")],
-  [["3", "-p", "1023"], portRange("1023")],
-  [["3", "-p", "65536"], portRange("65536")],
-  [["3", "-p", "http"], portRange("http")],
-  [["3", "--port=-1"], portRange("-1")],
-  [["3", "--port=1e4"], portRange("1e4")],
-  [["2", "-p", "65535"], range("2", 65535)],
-  [["70000", "-p", "60000"], range("70000", 60000)],
-  [["536", "-p", "60000", "-f", "5001"], range("536", 65001)],
-  [["3", "-f"], firstRange("")],
-  [["3", "-f", "x"], firstRange("x")],
-  [["3", "--first=-1"], firstRange("-1")],
-  [["3", "-f", "64512"], firstRange("64512")],
-  [["3", "-p", "0", "-f", "64512"], firstRange("64512")],
-  [["3", "-p", "65000", "-f", "536"], firstRange("536", 535)],
-  [["3", "-H"], noHost],
-  [["3", "-H", ""], noHost],
-  [["3", "--hostname="], noHost],
-];
-
-runTest("wrong command lines: what is wrong, exit 2", async () => {
-  const rest = wrong.slice();
-  const worker = async () => {
-    for (let row = rest.pop(); row; row = rest.pop()) {
-      const [args, message] = row;
-      assertEquals(await cli(...args), {
-        code: 2,
-        stdout: "",
-        stderr: `multiserv: ${message}\nTry --help\n`,
-      }, `multiserv ${args.join(" ")}`);
-    }
-  };
-  await Promise.all([worker(), worker(), worker()]);
-});
-
-runTest("--help goes to stdout, as README.md shows it", async () => {
-  const readme = await contents("README.md");
-  for (const args of [["--help"], ["-h"], ["3", "-p", "80", "-h"]]) {
-    const { code, stdout, stderr } = await cli(...args);
-    assertEquals([code, stderr], [0, ""]);
-    assertStringIncludes(readme, `multiserv.ts --help\n${stdout}\`\`\`\n`);
+runTest("a handful of wrong command lines, for real", async () => {
+  for (const n of [0, 20, 27, 40, wrong.length - 1]) {
+    const [args, message] = wrong[n]!;
+    assertEquals(await cli(...args), toldWrong(message));
   }
+  const { code, stdout, stderr } = await cli("--help");
+  assertEquals([code, stderr], [0, ""]);
+  assertEquals(stdout, (await inProcess(["--help"])).stdout);
 });
 
 for (const signal of ["SIGINT", "SIGTERM"] as const) {
@@ -803,7 +1342,7 @@ for (const signal of ["SIGINT", "SIGTERM"] as const) {
   });
 
   runTest(`${signal} while it starts: stops, exit 0`, async () => {
-    const n = 2000;
+    const n = 1000;
     const port = await freePorts(n);
     const { ended, kill } = launch([...command, `${n}`, "-p", `${port}`]);
     await untilListening(port, true);
@@ -814,144 +1353,63 @@ for (const signal of ["SIGINT", "SIGTERM"] as const) {
   });
 }
 
-runTest("--port and --first: handler i listens on port + i", async () => {
-  const port = await freePorts(4);
-  const args = ["--port", `${port}`, "--first", "2"];
-  const { urls, kill, ended } = await running(2, ...args);
-  assertEquals(urls.map(portOf), [port + 2, port + 3]);
-  assertEquals(await get(urls[1]), "hello from handler 3");
-  kill("SIGTERM");
-  assertEquals((await ended).stdout, ready(urls, 2));
+runTest("SIGTERM under load loses no request it has accepted", async () => {
+  const n = 100;
+  const { urls, kill, ended } = await running(n);
+  const slow = await Promise.all(urls.map((url) => send(url, "?delay=300")));
+  let reached = 0;
+  const loads = urls.map(async (url, i) => {
+    for (let first = true;; first = false) {
+      const answer = await get(url).catch(() => "refused");
+      if (answer === "refused") return;
+      assertEquals(answer, `hello from handler ${i}`);
+      // Every server has answered once, so the slow requests have arrived.
+      if (first && ++reached === n) kill("SIGTERM");
+    }
+  });
+  assertEquals(
+    await Promise.all(slow.map(({ answer }) => answer)),
+    urls.map((_, i) => `hello from handler ${i}`),
+  );
+  await Promise.all(loads);
+  assertEquals((await ended).code, 0);
 });
 
-runTest("--port 0 gives free ports, whatever the first number", async () => {
-  const { urls, kill, ended } = await running(3, "--first=64511");
-  assertEquals(new Set(urls).size, 3);
-  assertEquals(await get(urls[2]), "hello from handler 64513");
-  kill("SIGTERM");
-  assertEquals((await ended).stdout, ready(urls, 64511));
-});
-
-runTest("--hostname is where it listens", async () => {
-  const { urls: [url], kill, ended } = await running(1, "-H", "127.0.0.1");
-  assertMatch(url, /^http:\/\/127\.0\.0\.1:\d+$/);
-  assertEquals(await get(url), "hello from handler 0");
-  kill("SIGTERM");
-  await ended;
-});
-
-runTest("an IPv6 address stands in brackets", async () => {
-  for (const hostname of ["::1", "[::1]", "0:0:0:0:0:0:0:1"]) {
-    const { urls: [url], kill, ended } = await running(1, "-H", hostname);
-    assertEquals(new URL(url).hostname, "[::1]");
+runTest("IPv6 and names, where the machine knows them", async () => {
+  for (const hostname of ["::1", "[::1]", "localhost"]) {
+    const args = ["1", "-p", `${await freePorts(1)}`, "-H", hostname];
+    const started = await serving(1, [...command, ...args]).catch(() => {});
+    if (!started) {
+      const { code, stderr } = await cli(...args);
+      assertEquals(code, 1);
+      assertStringIncludes(stderr, ": address not on this machine\n");
+      continue;
+    }
+    const { urls: [url], kill, ended } = started;
+    assertMatch(url, /^http:\/\/(\[::1\]|127\.0\.0\.1):\d+$/);
     assertEquals(await get(url), "hello from handler 0");
     kill("SIGTERM");
     await ended;
   }
 });
 
-runTest("--verbose logs every request to stderr", async () => {
-  const { urls, kill, ended } = await running(2, "-v", "--first", "7");
-  await get(`${urls[1]}/a?status=404`);
-  await (await fetch(`${urls[0]}/b`, { method: "POST" })).text();
-  kill("SIGTERM");
-  assertEquals(await ended, {
-    code: 0,
-    stdout: ready(urls, 7),
-    stderr: `handler 8: GET ${urls[1]}/a?status=404 404\n` +
-      `handler 7: POST ${urls[0]}/b 200\n`,
-  });
-});
-
-runTest("without --verbose no request leaves a line", async () => {
-  const { urls, kill, ended } = await running(1);
-  await get(`${urls[0]}/?delay=1`);
-  await get(`${urls[0]}/?delay=1`);
-  const leaving = await dial(portOf(urls[0]));
-  leaving.write("GET /?delay=60000 HTTP/1.1\r\nhost: localhost\r\n\r\n");
-  await get(urls[0]);
-  leaving.destroy();
-  kill("SIGTERM");
-  assertEquals(await ended, { code: 0, stdout: ready(urls), stderr: "" });
-});
-
-/** What stderr says when servers cannot start. */
-const refused = (hostname: string, list: string[], hint: string) => ({
-  code: 1,
-  stdout: "",
-  stderr: [
-    `multiserv: No server started on "${hostname}"`,
-    ...list.slice(0, 5),
-    ...list.length > 5 ? [`… and ${list.length - 5} more`] : [],
-    hint,
-    "",
-  ].join("\n"),
-});
-
-runTest("a taken port: which one, exit 1, nothing left listening", async () => {
-  const port = await freePorts(3);
-  await using(serveAll(newApps(1), { port: port + 1 }), async () => {
-    assertEquals(
-      await cli("3", "-p", `${port}`),
-      refused(
-        "localhost",
-        [`handler 1: port ${port + 1} is already in use`],
-        "Try another --port",
-      ),
-    );
-    for (const i of [0, 2]) assert(await isFree(port + i));
-  });
-});
-
-runTest("many taken ports: five of them and how many more", async () => {
-  const port = await freePorts(8);
-  await using(serveAll(newApps(7), { port }), async () => {
-    const taken = (i: number) =>
-      `handler ${i}: port ${port + i} is already in use`;
-    for (const [first, n] of [[0, 8], [1, 7], [2, 6]]) {
-      const numbers = Array.from({ length: n - 1 }, (_, k) => first + k);
-      assertEquals(
-        await cli(`${n}`, "-p", `${port}`, "-f", `${first}`),
-        refused("localhost", numbers.map(taken), "Try another --port"),
-      );
-    }
-  });
-});
-
-runTest("the first port is 1024 unless told otherwise", async () => {
-  // Whoever holds it, nobody else can.
-  const held = await serveAll(newApps(1), { port: 1024 }).catch(() => {});
-  assertEquals(
-    await cli("1"),
-    refused(
-      "localhost",
-      ["handler 0: port 1024 is already in use"],
-      "Try another --port",
-    ),
-  );
-  await held?.shutdown();
-});
-
-runTest("an address of another machine", async () => {
-  const port = await freePorts(2);
+runTest("an address of another machine, and unknown hosts", async () => {
+  const port = await freePorts(1);
   for (const hostname of ["192.0.2.1", "ff02::1"]) {
     assertEquals(
-      await cli("2", "-p", `${port}`, "-H", hostname),
+      await cli("1", "-p", `${port}`, "-H", hostname),
       refused(
         hostname,
-        [0, 1].map((i) =>
-          `handler ${i}: port ${port + i}: address not on this machine`
-        ),
+        [`port ${port}: address not on this machine`],
         "Try another --hostname",
       ),
     );
   }
-});
-
-runTest("an unknown host name", async () => {
   for (
     const hostname of [
       "no-such-host.invalid",
+      "too-many-open-files.invalid",
+      "EADDRINUSE.invalid",
       "a b",
       "x:y",
       "[x]",
@@ -959,12 +1417,8 @@ runTest("an unknown host name", async () => {
     ]
   ) {
     assertEquals(
-      await cli("1", "-p", "5000", "-H", hostname),
-      refused(
-        hostname,
-        ["handler 0: port 5000: unknown host name"],
-        "Try another --hostname",
-      ),
+      await cli("2", "-p", "5000", "-H", hostname),
+      refused(hostname, ["unknown host name"], "Try another --hostname"),
     );
   }
 });
@@ -976,77 +1430,84 @@ runTest("too many open files names ulimit -n", async () => {
   assertEquals([code, stdout], [1, ""]);
   const lines = stderr.trimEnd().split("\n");
   assertEquals(lines.length, 8);
-  assertEquals(lines[0], 'multiserv: No server started on "localhost"');
   for (const line of lines.slice(1, 6)) {
-    assertMatch(line, /^handler \d+: port \d+: too many open files$/);
+    assertMatch(line, /^port \d+: too many open files$/);
   }
-  assertMatch(lines[6], /^… and \d+ more$/);
+  assertMatch(lines[6]!, /^… and \d+ more$/);
   assertEquals(lines[7], "Raise ulimit -n or start fewer");
 });
 
-runTest("the hint is for the last that failed: files run out", async () => {
-  const port = await freePorts(200);
-  await using(serveAll(newApps(6), { port }), async () => {
-    const words = withFiles(100, "200", "-p", `${port}`);
-    const lines = (await launch(words).ended).stderr.trimEnd().split("\n");
-    assertEquals(lines[5], `handler 4: port ${port + 4} is already in use`);
-    assertEquals(lines[7], "Raise ulimit -n or start fewer");
-  });
-});
-
-/** The first URL in what a command says first. */
-async function firstUrl(stdout: Readable): Promise<string> {
-  const [data] = await once(stdout, "data");
-  return /http:\S+/.exec(new TextDecoder().decode(data))![0];
-}
-
-runTest("a closed stderr does not end it", async () => {
-  const words = [...command, "1", "-v", "-p", "0"];
-  const { stdout, stderr, closed, kill } = start(words);
-  stderr.destroy();
-  const url = await firstUrl(stdout);
-  stdout.resume();
-  for (let k = 0; k < 5; k++) {
-    assertEquals(await get(url), "hello from handler 0");
+runTest("more clients than open files: it answers when they go", async () => {
+  const { urls, ended, kill } = await serving(5, withFiles(64, "5", "-p", "0"));
+  const crowd = Array.from(
+    { length: 100 },
+    (_, k) =>
+      connect(portOf(urls[k % 5]!), "127.0.0.1").on("error", () => {}).resume(),
+  );
+  await Promise.all(
+    crowd.map((socket) =>
+      new Promise<void>((done) =>
+        socket.once("connect", done).once("close", () => done())
+      )
+    ),
+  );
+  for (const socket of crowd) socket.destroy();
+  for (const [i, url] of urls.entries()) {
+    let answer: string | undefined;
+    while (!answer) answer = await get(url).catch(() => undefined);
+    assertEquals(answer, `hello from handler ${i}`);
   }
   kill("SIGTERM");
+  const { code, stderr } = await ended;
+  assertEquals([code, stderr], [0, ""]);
+});
+
+linuxTest("output that cannot be written changes nothing", async () => {
+  for (const redirection of ["> /dev/full 2>&1", ">&- 2>&-", "closed pipes"]) {
+    const pipes = redirection === "closed pipes";
+    const port = await freePorts(1);
+    const line = `exec "$@" ${pipes ? "" : redirection}`;
+    const words = [...command, "1", "-v", "-p", `${port}`];
+    const started = start(["sh", "-c", line, "sh", ...words]);
+    if (pipes) {
+      started.stdout.destroy();
+      started.stderr.destroy();
+    }
+    await untilListening(port, true);
+    for (let k = 0; k < 5; k++) {
+      const answer = await get(`http://127.0.0.1:${port}`);
+      assertEquals(answer, "hello from handler 0", redirection);
+    }
+    started.kill("SIGTERM");
+    assertEquals(await started.closed, 0, redirection);
+  }
+});
+
+runTest("pipes that nobody reads hold nobody up", async () => {
+  const n = 1500; // their ready lines are more than a pipe holds
+  const port = await freePorts(n);
+  const words = [...command, `${n}`, "-v", "-p", `${port}`];
+  const { stdout, stderr, closed, kill } = start(words);
+  stdout.pause();
+  stderr.pause();
+  await untilListening(port + n - 1, true);
+  const socket = await dial(port);
+  const { times } = received(socket);
+  // 16 MB of log, which is more than it keeps for whoever might read it
+  const request = `GET /${"x".repeat(8000)} HTTP/1.1\r\nhost: a\r\n\r\n`;
+  for (let k = 1; k <= 2000; k++) {
+    socket.write(request);
+    await times("hello from handler 0", k);
+  }
+  socket.destroy();
+  kill("SIGTERM");
+  await untilListening(port, false);
+  stdout.resume();
+  stderr.resume();
   assertEquals(await closed, 0);
 });
 
-runTest("a closed stdout does not end it", async () => {
-  const n = 3000; // their ready lines are more than a pipe holds
-  const words = [...command, `${n}`, "-p", "0"];
-  const { stdout, stderr, closed, kill } = start(words);
-  const said = text(stderr);
-  const url = await firstUrl(stdout);
-  stdout.destroy();
-  assertEquals(await get(url), "hello from handler 0");
-  kill("SIGTERM");
-  assertEquals([await closed, await said], [0, ""]);
-});
-
-/** More clients than a server has files for. */
-const crowd = (url: string) =>
-  Array.from(
-    { length: 60 },
-    () => connect(portOf(url), "localhost").on("error", () => {}).resume(),
-  );
-
-denoTest("out of open files while it serves: says so, exit 1", async () => {
-  const words = withFiles(60, "5", "-p", "0");
-  const { urls: [url], ended } = await serving(5, words);
-  const sockets = crowd(url);
-  const { code, stderr } = await ended;
-  for (const socket of sockets) socket.destroy();
-  assertEquals(code, 1);
-  assertEquals(
-    stderr,
-    "multiserv: Servers stopped: too many open files\n" +
-      "Raise ulimit -n or start fewer\n",
-  );
-});
-
-/** Runs `multiserv` on a terminal, through util-linux `script`. */
+/** Runs a command on a terminal, through util-linux `script`. */
 function onTerminal(command: string[]) {
   const line = command.map((word) => `'${word}'`).join(" ");
   // exec: a shell that stayed would take Ctrl+C too, and some die of it.
@@ -1089,57 +1550,16 @@ function onTerminal(command: string[]) {
   return { until, type, answer, end };
 }
 
-linuxTest("on a terminal stderr ends with how to stop: Ctrl+C", async () => {
-  const away = ["sh", "-c", 'exec "$@" > /dev/null', "sh"];
-  const screen = onTerminal([...away, ...command, "1", "-p", "0"]);
+linuxTest("on a real terminal: the ready lines, then how to stop", async () => {
+  const screen = onTerminal([...command, "2", "-p", "0"]);
   await screen.until("Press Ctrl+C to stop");
   screen.type("\x03");
   const { code, shown } = await screen.end();
   assertEquals(code, 0);
-  assertMatch(shown, /^Press Ctrl\+C to stop\r\n(\^C)?$/);
-});
-
-// ---- Under load -------------------------------------------------------------
-
-netTest("300 servers loaded at once: no answer lost or mixed up", async () => {
-  await using(serveAll(helloApps(300), { port: 0 }), async ({ urls }) => {
-    await Promise.all(urls.map(async (url, i) => {
-      for (let k = 0; k < 10; k++) {
-        assertEquals(await get(url), `hello from handler ${i}`);
-      }
-    }));
-  });
-});
-
-runTest("SIGTERM under load loses no request it has accepted", async () => {
-  const n = 100;
-  const { urls, kill, ended } = await running(n);
-  const slow = await Promise.all(urls.map((url) => send(url, "?delay=300")));
-  let reached = 0;
-  const loads = urls.map(async (url, i) => {
-    for (let first = true;; first = false) {
-      const answer = await get(url).catch(() => "refused");
-      if (answer === "refused") return;
-      assertEquals(answer, `hello from handler ${i}`);
-      // Every server has answered once, so the slow requests have arrived.
-      if (first && ++reached === n) kill("SIGTERM");
-    }
-  });
-  assertEquals(
-    await Promise.all(slow.map(({ answer }) => answer)),
-    urls.map((_, i) => `hello from handler ${i}`),
+  assertMatch(
+    shown,
+    /^(handler \d listening on \S+\r\n){2}Press Ctrl\+C to stop\r\n(\^C)?$/,
   );
-  await Promise.all(loads);
-  assertEquals((await ended).code, 0);
-});
-
-netTest("a taken port at the end of 500 leaves nothing behind", async () => {
-  const port = await freePorts(500);
-  await using(serveAll(newApps(1), { port: port + 499 }), async () => {
-    const errors = await failed(serveAll(newApps(500), { port }));
-    assertEquals(errors.length, 1);
-    await (await serveAll(newApps(499), { port })).shutdown();
-  });
 });
 
 linuxTest("200 servers, 20 times over, leak no descriptor", async () => {
@@ -1148,9 +1568,7 @@ linuxTest("200 servers, 20 times over, leak no descriptor", async () => {
     return ls.stdout.split("\n").length;
   };
   const round = () =>
-    using(serveAll(helloApps(200), { port: 0 }), async ({ urls }) => {
-      await get(urls[199]);
-    });
+    using(serveAll(helloApps(200), { port: 0 }), (urls) => get(urls[0]));
   await round();
   const before = await descriptors();
   for (let k = 0; k < 20; k++) await round();
@@ -1160,30 +1578,42 @@ linuxTest("200 servers, 20 times over, leak no descriptor", async () => {
 
 // ---- Only Deno --------------------------------------------------------------
 
-denoTest(
-  "asks for the network once, for all ports",
-  async () => {
-    const port = await freePorts(3);
-    const words = [runtime, "run", "multiserv.ts", "3", "-p", `${port}`];
-    const yes = onTerminal(words);
-    await yes.answer("y\n", "Granted");
-    await yes.until("Press Ctrl+C to stop");
-    assertEquals(
-      await get(`http://localhost:${port + 2}`),
-      "hello from handler 2",
-    );
-    yes.type("\x03");
-    const { code, shown } = await yes.end();
-    assertEquals([code, shown.split("Deno requests").length - 1], [0, 1]);
+denoTest("asks for the network once, for all ports", async () => {
+  const port = await freePorts(3);
+  const words = [runtime, "run", "multiserv.ts", "3", "-p", `${port}`];
+  const yes = onTerminal(words);
+  await yes.answer("y\n", "Granted");
+  await yes.until("Press Ctrl+C to stop");
+  assertEquals(
+    await get(`http://127.0.0.1:${port + 2}`),
+    "hello from handler 2",
+  );
+  yes.type("\x03");
+  const { code, shown } = await yes.end();
+  assertEquals([code, shown.split("Deno requests").length - 1], [0, 1]);
 
-    const no = onTerminal(words);
-    await no.answer("n\n", "Denied");
-    const ended = await no.end();
-    assertEquals(ended.code, 1);
-    assertEquals(ended.shown.split("Deno requests").length - 1, 1);
-    assertStringIncludes(ended.shown, "Allow it: deno run --allow-net");
-  },
-);
+  const no = onTerminal(words);
+  await no.answer("n\n", "Denied");
+  const ended = await no.end();
+  assertEquals(ended.code, 1);
+  assertEquals(ended.shown.split("Deno requests").length - 1, 1);
+  assertStringIncludes(
+    ended.shown,
+    "Allow it: deno run --allow-net=127.0.0.1\r\n",
+  );
+});
+
+denoTest("asks nobody who has allowed just its ports", async () => {
+  const port = await freePorts(2);
+  const allow = `--allow-net=127.0.0.1:${port},127.0.0.1:${port + 1}`;
+  const words = [runtime, "run", allow, "multiserv.ts", "2", "-p", `${port}`];
+  const screen = onTerminal(words);
+  await screen.until("Press Ctrl+C to stop");
+  screen.type("\x03");
+  const { code, shown } = await screen.end();
+  assertEquals(code, 0);
+  assert(!shown.includes("Deno requests"));
+});
 
 // Deno starts Deno with -A, unless there is some permission flag.
 const withNothing = "--deny-ffi";
@@ -1194,38 +1624,28 @@ denoTest("where nobody can be asked: the flag to add, exit 1", async () => {
       [runtime, "run", withNothing, "multiserv.ts", "1", "-p", "5000"],
     ).ended,
     refused(
-      "localhost",
-      ["handler 0: port 5000: no network access"],
-      "Allow it: deno run --allow-net",
+      "127.0.0.1",
+      ["port 5000: no network access"],
+      "Allow it: deno run --allow-net=127.0.0.1",
     ),
   );
 });
 
-denoTest("permission for just its ports is enough", async () => {
-  const port = await freePorts(1);
-  await using(serveAll(newApps(1), { port }), async () => {
-    const allow = `--allow-net=localhost:${port}`;
-    const args = [runtime, "run", allow, "multiserv.ts", "1", "-p", `${port}`];
-    assertEquals(
-      await launch(args).ended,
-      refused(
-        "localhost",
-        [`handler 0: port ${port} is already in use`],
-        "Try another --port",
-      ),
-    );
-  });
-});
-
 denoTest("multiserv.ts alone runs from an empty folder", async () => {
+  const port = await freePorts(1);
   // The import map says where to get the packages, nothing else.
   const script = `
     folder=$(mktemp -d) && cp multiserv.ts "$folder" && map=$PWD/deno.json &&
-    cd "$folder" && "$0" run ${withNothing} --import-map="$map" multiserv.ts -h
-    code=$? && rm -r "$folder" && exit "$code"`;
-  const { code, stdout } = await launch(["sh", "-c", script, runtime]).ended;
-  assertEquals(code, 0);
-  assertMatch(stdout, /^Usage: multiserv/);
+    trap 'rm -r "$folder"' EXIT && cd "$folder" &&
+    "$0" run --allow-net --import-map="$map" multiserv.ts 1 -p ${port} & wait`;
+  const { stdout, stderr, closed } = start(["sh", "-c", script, runtime]);
+  const said = text(stderr);
+  const [line] = await once(stdout, "data");
+  assertEquals(`${line}`, ready([`http://127.0.0.1:${port}`]));
+  const url = `http://127.0.0.1:${port}`;
+  assertEquals((await fetch(`${url}/?status=204`)).status, 204);
+  await launch(["pkill", "-f", `map=.*multiserv.ts 1 -p ${port}`]).ended;
+  await Promise.all([closed, said]);
 });
 
 denoTest("./multiserv.ts runs, with just the permission it needs", async () => {
@@ -1236,17 +1656,17 @@ denoTest("./multiserv.ts runs, with just the permission it needs", async () => {
     assertEquals(
       await launch(["sh", "-c", line]).ended,
       refused(
-        "localhost",
-        [`handler 0: port ${port} is already in use`],
+        "127.0.0.1",
+        [`port ${port} is already in use`],
         "Try another --port",
       ),
     );
     assertEquals(
-      await launch(["sh", "-c", `${line} -H 127.0.0.1`]).ended,
+      await launch(["sh", "-c", `${line} -H 127.0.0.2`]).ended,
       refused(
-        "127.0.0.1",
-        [`handler 0: port ${port}: no network access`],
-        "Allow it: deno run --allow-net",
+        "127.0.0.2",
+        [`port ${port}: no network access`],
+        "Allow it: deno run --allow-net=127.0.0.2",
       ),
     );
   });
@@ -1257,137 +1677,6 @@ denoTest("bare deno test passes where nothing is allowed", async () => {
   assertEquals(code, 0);
   assertMatch(stdout, /\| \d+ passed \| 0 failed \| \d+ ignored /);
 });
-
-// ---- Only Node --------------------------------------------------------------
-
-if (!onDeno) {
-  /** Runs a program that imports the adapter. */
-  const importing = (program: string) =>
-    launch([runtime, "--input-type=module", "-e", program]).ended;
-
-  runTest("a Node program can import the adapter", async () => {
-    const ended = await importing(`
-      import { handler, newApps, serveAll } from "./node/multiserv.ts";
-      const [app] = newApps(1);
-      const servers = await serveAll([app.all("*", handler(5))], { port: 0 });
-      console.log(await (await fetch(servers.urls[0])).text());
-      await servers.shutdown();`);
-    const stdout = "hello from handler 5\n";
-    assertEquals(ended, { code: 0, stdout, stderr: "" });
-  });
-
-  runTest("a host name that is unknown now may be known later", async () => {
-    const { stdout, stderr } = await importing(`
-      import dns from "node:dns/promises";
-      import { syncBuiltinESMExports } from "node:module";
-      const knowing = (lookup) => {
-        dns.lookup = lookup;
-        syncBuiltinESMExports();
-      };
-      import { newApps, serveAll } from "./node/multiserv.ts";
-      const start = () => serveAll(newApps(1), { hostname: "new", port: 0 });
-      knowing(() => Promise.reject(new Error("unknown")));
-      await start().catch((error) => console.log(error.errors[0].message));
-      knowing(() => Promise.resolve({ address: "127.0.0.1" }));
-      await (await start()).shutdown();`);
-    const refusal = "handler 0: port 0: unknown host name\n";
-    assertEquals([stdout, stderr], [refusal, ""]);
-  });
-
-  runTest("a fetch that throws answers 500 and says so", async () => {
-    const { code, stdout, stderr } = await importing(`
-      import { serveAll } from "./node/multiserv.ts";
-      const apps = [
-        { fetch() { throw new Error("boom"); } },
-        { async fetch() { throw new Error("late"); } },
-        { fetch() {} },
-      ];
-      const servers = await serveAll(apps, { port: 0 });
-      for (const url of servers.urls) {
-        const response = await fetch(url);
-        console.log(response.status, await response.text());
-      }
-      await servers.shutdown();`);
-    assertEquals(code, 0);
-    assertEquals(stdout, "500 Internal Server Error\n".repeat(3));
-    assertMatch(stderr, /^Error: boom\n[^]*^Error: late\n[^]*^TypeError: /m);
-  });
-
-  netTest("requests that Node refuses", async () => {
-    await using(serveAll(helloApps(1), { port: 0 }), async ({ urls }) => {
-      const long = "x".repeat(17_000);
-      for (
-        const [request, status] of [
-          ["FOO / HTTP/1.1\r\nhost: a", 400],
-          ["GET / HTTP/1.1\r\nhost: a b", 400],
-          [`GET /${long} HTTP/1.1\r\nhost: a`, 431],
-          [`GET / HTTP/1.1\r\nhost: a\r\nx: ${long}`, 431],
-        ]
-      ) {
-        const answer = await raw(
-          portOf(urls[0]),
-          `${request}\r\nconnection: close\r\n\r\n`,
-        );
-        assertStringIncludes(answer, `HTTP/1.1 ${status} `);
-      }
-    });
-  });
-
-  runTest("README.md's blocks run as they stand", async () => {
-    const readme = await contents("README.md");
-    const blocks = [...readme.matchAll(/^```ts\n([^]*?)^```$/gm)];
-    assert(blocks.length > 0);
-    for (const [, block] of blocks) {
-      // Node 22 knows no `await using`.
-      const program = Number.parseInt(process.versions.node) < 24
-        ? block.replace("await using servers", "const servers") +
-          "await servers.shutdown();"
-        : block;
-      const words = [runtime, "--import", "./node/multiserv.ts"];
-      words.push("--input-type=module-typescript", "-e", program);
-      const { code, stderr } = await launch(words).ended;
-      assertEquals([code, stderr], [0, ""], program);
-    }
-  });
-
-  runTest("pipelined requests are all answered before it stops", async () => {
-    const { urls: [url], kill, ended } = await running(1);
-    const socket = await dial(portOf(url));
-    const ask = (query: string) =>
-      `GET /${query} HTTP/1.1\r\nhost: localhost\r\n\r\n`;
-    socket.write(ask("") + ask("?delay=200") + ask("?delay=200"));
-    const [data] = await once(socket, "data");
-    kill("SIGTERM");
-    const all = `${data}${await text(socket)}`;
-    assertEquals(all.match(/hello from handler 0/g)?.length, 3);
-    assertEquals((await ended).code, 0);
-  });
-
-  runTest("out of open files while it serves: hangs up, goes on", async () => {
-    const words = withFiles(60, "2", "-p", "0");
-    const { urls: [url], ended, kill } = await serving(2, words);
-    const sockets = crowd(url);
-    await new Promise((close) => {
-      for (const socket of sockets) socket.once("close", close);
-    });
-    for (const socket of sockets) socket.destroy();
-    // The server learns of that one connection at a time.
-    let answer;
-    while (!answer) answer = await get(url).catch(() => undefined);
-    assertEquals(answer, "hello from handler 0");
-    kill("SIGTERM");
-    const { code, stderr } = await ended;
-    assertEquals([code, stderr], [0, ""]);
-  });
-
-  runTest("too old a Node is told so in one line", async () => {
-    const ended = await importing(`
-      Object.defineProperty(process.versions, "node", { value: "22.17.1" });
-      await import("./node/multiserv.ts");`);
-    const stderr = "multiserv: needs Node 22.18 or newer, this is 22.17.1\n";
-    assertEquals(ended, { code: 1, stdout: "", stderr });
-  });
-}
 
 // ---- The repository ---------------------------------------------------------
 
@@ -1408,95 +1697,83 @@ runTest("Node gets the same versions of the packages as Deno", async () => {
   }
 });
 
-runTest("multiserv.ts is at most 200 lines", async () => {
-  const { stdout } = await launch(["wc", "-l", "multiserv.ts"]).ended;
-  assert(parseInt(stdout) <= 200, stdout);
-});
-
 // ---- Benchmarks: deno task bench --------------------------------------------
 
 const hello = "hello from handler 0";
 const bareServer = (port: number) =>
-  Deno.serve(
-    { hostname: "localhost", port, onListen() {} },
-    () => new Response(hello),
-  );
-
-/** Sends 100 requests at once down one connection, waits for the answers. */
-async function ask(socket: Socket) {
-  const all = Promise.withResolvers<void>();
-  let seen = "";
-  socket.on("data", (data: Uint8Array) => {
-    seen += new TextDecoder().decode(data);
-    if (seen.split(hello).length > 100) all.resolve();
+  Deno.serve({ hostname: "127.0.0.1", port, onListen() {} }, (request) => {
+    if (request.method !== "GET") request.body?.cancel();
+    return new Response(hello);
   });
-  socket.write("GET / HTTP/1.1\r\nhost: localhost\r\n\r\n".repeat(100));
-  await all.promise;
-}
 
-/** Measures what 2000 requests take, 20 connections with 100 in flight each. */
-async function load(b: Deno.BenchContext, port: number) {
-  const sockets = await Promise.all(
-    Array.from({ length: 20 }, () => dial(port)),
-  );
+/** Measures 2000 requests: 20 connections with 100 in flight on each. */
+async function load(b: Deno.BenchContext, port: number, request: string) {
+  const connections = Array.from({ length: 20 }, () => dial(port));
+  const sockets = await Promise.all(connections);
   b.start();
-  await Promise.all(sockets.map(ask));
+  await Promise.all(sockets.map(async (socket) => {
+    const { times } = received(socket);
+    socket.write(request.repeat(100));
+    await times(hello, 100);
+  }));
   b.end();
   for (const socket of sockets) socket.destroy();
 }
 
-Deno.bench("2000 requests, bare Deno.serve", {
-  group: "hello",
-  baseline: true,
-}, async (b) => {
-  const server = bareServer(0);
-  await load(b, server.addr.port);
-  await server.shutdown();
-});
-Deno.bench("2000 requests, multiserv", { group: "hello" }, async (b) => {
-  const servers = await serveAll(helloApps(1), { port: 0 });
-  await load(b, portOf(servers.urls[0]));
-  await servers.shutdown();
-});
+const requests = {
+  "GET": "GET / HTTP/1.1\r\nhost: localhost\r\n\r\n",
+  "POST of 1 KB": post(1024),
+};
+for (const [name, request] of Object.entries(requests)) {
+  const group = `2000 times ${name}`;
+  const bare = { group, baseline: true };
+  Deno.bench(`${group}, Deno.serve`, bare, async (b) => {
+    const server = bareServer(0);
+    await load(b, server.addr.port, request);
+    await server.shutdown();
+  });
+  Deno.bench(`${group}, multiserv`, { group }, async (b) => {
+    await using(serveAll(helloApps(1), { port: 0 }), async ([url]) => {
+      await load(b, portOf(url), request);
+    });
+  });
+}
 
-/** The first of 10,000 ports that are free, looked for once. */
-let base: Promise<number> | undefined;
-const basePort = () => base ??= freePorts(10_000);
+/** The first of 10,000 free ports in a row. */
+const basePort = 20_000;
 
 for (const n of [1, 1000, 10_000]) {
   const rounds = n < 10_000 ? {} : { n: 5, warmup: 1 };
-  const bare = (port: number) =>
-    Array.from({ length: n }, (_, i) => bareServer(port + i));
+  const bare = () =>
+    Array.from({ length: n }, (_, i) => bareServer(basePort + i));
+  const start = () => serveAll(helloApps(n), { port: basePort });
   const stop = (servers: ReturnType<typeof bare>) =>
     Promise.all(servers.map((server) => server.shutdown()));
 
-  let group = `start ${n}`;
-  let baseline = { group, ...rounds, baseline: true };
-  Deno.bench(`${group}, Deno.serve`, baseline, async (b) => {
-    const port = await basePort();
+  let options = { group: `start ${n}`, ...rounds };
+  const baseline = true;
+  Deno.bench(`start ${n}, Deno.serve`, { ...options, baseline }, async (b) => {
     b.start();
-    const servers = bare(port);
+    const servers = bare();
     b.end();
     await stop(servers);
   });
-  Deno.bench(`${group}, multiserv`, { group, ...rounds }, async (b) => {
-    const port = await basePort();
+  Deno.bench(`start ${n}, multiserv`, options, async (b) => {
     b.start();
-    const servers = await serveAll(helloApps(n), { port });
+    const servers = await start();
     b.end();
     await servers.shutdown();
   });
 
-  group = `shut down ${n}`;
-  baseline = { ...baseline, group };
-  Deno.bench(`${group}, Deno.serve`, baseline, async (b) => {
-    const servers = bare(await basePort());
+  options = { group: `stop ${n}`, ...rounds };
+  Deno.bench(`stop ${n}, Deno.serve`, { ...options, baseline }, async (b) => {
+    const servers = bare();
     b.start();
     await stop(servers);
     b.end();
   });
-  Deno.bench(`${group}, multiserv`, { group, ...rounds }, async (b) => {
-    const servers = await serveAll(helloApps(n), { port: await basePort() });
+  Deno.bench(`stop ${n}, multiserv`, options, async (b) => {
+    const servers = await start();
     b.start();
     await servers.shutdown();
     b.end();
@@ -1520,26 +1797,24 @@ const bareProgram = `
   const [port, n] = Deno.args.map(Number);
   for (let i = 0; i < n; i++) {
     const hello = "hello from handler " + i;
-    const options = { hostname: "localhost", port: port + i, onListen() {} };
+    const options = { hostname: "127.0.0.1", port: port + i, onListen() {} };
     Deno.serve(options, () => new Response(hello));
   }
   console.log("ready");`;
+const programs = {
+  "Deno.serve": [runtime, "eval", bareProgram],
+  "multiserv": [...command, "-p"],
+};
 
 for (const n of [1, 1000, 10_000]) {
   const group = `memory of ${n}: what is printed counts, not the time`;
-  for (
-    const [name, ...words] of [
-      ["Deno.serve", runtime, "eval", bareProgram],
-      ["multiserv", ...command, "-p"],
-    ]
-  ) {
+  for (const [name, words] of Object.entries(programs)) {
     const options = { group, n: 1, warmup: 0 };
     Deno.bench(`memory of ${n}, ${name}`, options, async () => {
-      const port = `${await basePort()}`;
-      const one = await memory([...words, port, "1"]);
-      const all = n > 1 ? await memory([...words, port, `${n}`]) : 0;
-      const KiB = n > 1 ? (all - one) / (n - 1) : one;
-      console.log(`${KiB.toFixed(1)} KiB ${n > 1 ? "each" : "in all"}`);
+      const one = await memory([...words, `${basePort}`, "1"]);
+      const all = await memory([...words, `${basePort}`, `${n}`]);
+      const each = n === 1 ? one : (all - one) / (n - 1);
+      console.log(`${each.toFixed(1)} KiB ${n === 1 ? "in all" : "each"}`);
     });
   }
 }
