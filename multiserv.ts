@@ -1,6 +1,6 @@
 #!/usr/bin/env -S deno run --allow-net=127.0.0.1
 /**
- * Starts n HTTP servers in one process, each with a port and a router of its own.
+ * Starts n HTTP servers in one process, each with its own port and router.
  *
  *     $ deno run multiserv.ts 3
  *     $ curl localhost:1025
@@ -13,19 +13,20 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { parseArgs } from "jsr:@std/cli@^1/parse-args";
 import { STATUS_CODE } from "jsr:@std/http@^1/status";
 import type { Context, Handler, Next } from "npm:hono@^4";
-import { Hono } from "npm:hono@^4/tiny"; // the router that takes least memory
+import { Hono } from "npm:hono@^4/tiny"; // the preset that takes least memory
 
 // ---- 1. The lesson ----------------------------------------------------------
-// The Go program and nothing else: n apps, a handler for each, a server for each.
+// The Go program and nothing else: n apps, and for each a handler and a server.
+// What checks numbers and words errors stands at the end of the file.
 
 /**
- * Makes n apps, each a router that has no routes yet. Go: `newMuxers`.
+ * Makes n apps, each a router without routes. Go: `newMuxers`.
  *
- * @param n From 1 to 64512: there are no more ports from 1024 up
- * @throws {RangeError} If n is not such a number
+ * @param n From 1 to 64512, as many as there are ports from 1024 up
+ * @throws {RangeError} If n is anything else
  */
 export function newApps(n: number): Hono[] {
-  checkWholeNumber("n", n, 1, 64512);
+  checkNumber("n", n, 1, 64512);
   return Array.from({ length: n }, () => new Hono());
 }
 
@@ -34,7 +35,10 @@ export function handler(i: number): Handler {
   return (c) => c.text(`hello from handler ${i}`);
 }
 
-/** A Hono app, or whatever else has such a `fetch`. Go: `http.Handler`. */
+/**
+ * A Hono app, or anything else with a `fetch`. Go: `http.Handler`. The info is
+ * what `Deno.serve` tells of a request: who sent it, for example.
+ */
 export interface App {
   fetch(request: Request, info?: unknown): Response | Promise<Response>;
 }
@@ -47,13 +51,16 @@ export interface ServeAllOptions {
   port?: number;
 }
 
-/** To n servers what `Deno.HttpServer` is to one. */
+/** Is to n servers what `Deno.HttpServer` is to one. */
 export interface MultiServer extends AsyncDisposable {
   /** Where the apps listen, in their order, such as `http://127.0.0.1:1024`. */
   readonly urls: string[];
-  /** Resolves when all servers have stopped. Go: `wg.Wait()`. */
+  /**
+   * Resolves when all servers have stopped, rejects when one has lost its port.
+   * Go: `wg.Wait()`.
+   */
   readonly finished: Promise<void>;
-  /** Takes no new connections, answers requests in flight, then resolves. */
+  /** Stops accepting connections; resolves when all requests are answered. */
   shutdown(): Promise<void>;
 }
 
@@ -61,13 +68,14 @@ export interface MultiServer extends AsyncDisposable {
  * Serves each app on a port of its own, all of them or none. Go: the loop with
  * a goroutine per `ListenAndServe`. The caller must shut the servers down.
  *
- * @throws {RangeError} If the port is none, or there are more apps than ports
+ * @throws {RangeError} If `port` is not 0 or 1024 to 65535, or if there are no
+ * apps, or more than ports from there up
  * @throws {AggregateError} If servers cannot start; `errors` say which and why
  *
  * @example
  * ```ts
  * const apps = newApps(3);
- * apps.forEach((app, i) => app.all("*", handler(i)));
+ * apps.forEach((app, i) => app.all("*", handler(i))); // Go: mux.Handle
  *
  * await using servers = await serveAll(apps, { port: 0 });
  *
@@ -83,10 +91,11 @@ export async function serveAll(
 ): Promise<MultiServer> {
   checkPorts(port, apps.length);
   const servers: Server[] = [];
-  const errors: Error[] = [];
+  const errors: Error[] = []; // of all the ports that cannot be had
   for (const [i, app] of apps.entries()) {
     const itsPort = port === 0 ? 0 : port + i;
     try {
+      // It waits until that server listens, not until it ends: all serve at once.
       servers.push(await listenAndServe(hostname, itsPort, app));
     } catch (cause) {
       errors.push(portError(itsPort, cause));
@@ -96,60 +105,59 @@ export async function serveAll(
   async function shutdown() {
     await Promise.all(servers.map((server) => server.shutdown()));
   }
-  async function finished() {
-    await Promise.all(servers.map((server) => server.finished));
-  }
   if (errors.length > 0) {
     await shutdown();
     throw new AggregateError(errors, `No server started on ${quote(hostname)}`);
   }
+  const finished = Promise.all(servers.map((server) => server.finished));
   return {
     urls: servers.map((server) => server.url),
-    finished: finished(),
+    finished: finished.then(() => {}),
     shutdown,
     [Symbol.asyncDispose]: shutdown,
   };
 }
 
+/** One of them. */
 interface Server {
   url: string;
   finished: Promise<void>;
   shutdown(): Promise<void>;
 }
 
-/** Starts one server, resolves once it listens. Go: `http.ListenAndServe`. */
-async function listenAndServe(
-  hostname: string,
-  port: number,
-  app: App,
-): Promise<Server> {
+/**
+ * Starts one server; resolves once it listens. Go: `http.ListenAndServe`, which
+ * returns only when the server ends.
+ */
+async function listenAndServe(hostname: string, port: number, app: App) {
   const listening = Promise.withResolvers<Deno.NetAddr>();
   const options = { hostname, port, onListen: listening.resolve };
-  const serve = () =>
+  const start = () =>
     Deno.serve(options, (request, info) => app.fetch(request, info));
 
-  let server = serve(); // If it cannot start, Deno throws here;
-  server.finished.catch(listening.reject); // Node says so a moment later.
+  let server = start(); // throws on Deno if it cannot listen;
+  server.finished.catch(listening.reject); // on Node, this tells a bit later
   const addr = await listening.promise;
-  options.port = addr.port; // which one, if it was 0
+  options.port = addr.port; // the free port that it got, if 0 was asked for
 
-  // A Deno server ends when it fails to accept a connection, for want of open
-  // files for example. A Go server listens on, and so does ours, a moment later.
+  // A Deno server ends when it cannot accept a connection, for example for want
+  // of open files. A Go server goes on; here, another one soon takes its port.
   let stopping = false;
   const finished = server.finished.catch(async () => {
-    let answered: unknown;
-    while (!stopping) {
-      answered = Promise.all([answered, server.shutdown()]);
+    const draining: Promise<void>[] = [];
+    while (true) {
+      draining.push(server.shutdown()); // it answers what it has accepted
       await sleep(100);
       if (stopping) break;
       try {
-        server = serve();
+        server = start();
         await server.finished;
+        break; // it was shut down
       } catch (cause) {
         if (codeOf(cause) === "EADDRINUSE") throw portError(addr.port, cause);
       }
     }
-    await answered;
+    await Promise.all(draining);
   });
 
   return {
@@ -166,27 +174,27 @@ async function listenAndServe(
 // A slow or failing node, to try clients with.
 
 /**
- * Makes the same handler, but late or failing where a request asks for it:
+ * Wraps a handler, so that a request can ask for a late or failing answer:
  *
  * - `?delay=<ms>` waits before it answers, 0 to 60000 milliseconds;
  * - `?status=<code>` answers with that status, 200 to 599;
  * - `?status=<code>:<percent>` does so for that share of answers, at random.
  *
- * A value that is none of this is answered with 400 and what was expected.
+ * Any other value is answered with 400 and a line that says what was expected.
  *
- * @param faults For requests that do not ask themselves, value by value, and
- * written as they would: `"delay=200&status=503:10"`
+ * @param faults For requests that ask for none, written as their query would
+ * be: `"delay=200&status=503:10"`. What a request asks for wins, value by value
  * @throws {RangeError} If the faults make no sense
  */
 export function withFaults(handler: Handler, faults = ""): Handler {
-  const named = Object.fromEntries(new URLSearchParams(faults));
-  for (const name of Object.keys(named)) {
-    if (["delay", "status"].includes(name)) continue;
+  const query = new URLSearchParams(faults);
+  for (const name of query.keys()) {
+    if (name === "delay" || name === "status") continue;
     throw new RangeError(
       `faults are delay=<ms> and status=<code>[:<percent>], got ${quote(name)}`,
     );
   }
-  const byDefault = parseFaults(named);
+  const byDefault = parseFaults(query.get("delay"), query.get("status"));
   return (c, next) => {
     const isPlain = faults === "" && !c.req.url.includes("?");
     const hasNoBody = c.req.method === "GET" || c.req.raw.bodyUsed;
@@ -202,19 +210,23 @@ interface Faults {
   percent?: number;
 }
 
-function parseFaults({ delay, status }: Record<string, string>): Faults {
+/** @throws {RangeError} If one makes no sense */
+function parseFaults(delay?: string | null, status?: string | null): Faults {
   const faults: Faults = {};
-  if (delay !== undefined) {
-    faults.delay = parseWholeNumber("delay", delay, 0, 60_000);
+  if (typeof delay === "string") {
+    faults.delay = parseNumber("delay", delay, 0, 60_000);
   }
-  if (status !== undefined) {
-    const [code = "", ...rest] = status.split(":");
-    const percent = rest.length === 0 ? "100" : rest.join(":");
-    faults.status = parseWholeNumber("status", code, 200, 599);
-    faults.percent = parseWholeNumber("percent of status", percent, 0, 100);
+  if (typeof status === "string") {
+    const [code = ""] = status.split(":", 1);
+    const percent = code === status ? "100" : status.slice(code.length + 1);
+    faults.status = parseNumber("status", code, 200, 599);
+    faults.percent = parseNumber("percent of status", percent, 0, 100);
   }
   return faults;
 }
+
+const { NoContent, ResetContent, NotModified } = STATUS_CODE;
+const statusesWithoutBody: number[] = [NoContent, ResetContent, NotModified];
 
 async function answerWithFaults(
   c: Context,
@@ -222,35 +234,34 @@ async function answerWithFaults(
   handler: Handler,
   byDefault: Faults,
 ): Promise<Response> {
-  let faults: Faults;
+  let asked: Faults;
   try {
-    faults = { ...byDefault, ...parseFaults(c.req.query()) };
+    asked = parseFaults(c.req.query("delay"), c.req.query("status"));
   } catch (error) {
     if (!(error instanceof RangeError)) throw error;
-    letGo(c.req.raw);
+    discardBody(c.req.raw);
     return c.text(error.message, STATUS_CODE.BadRequest);
   }
-  const { delay = 0, status, percent = 0 } = faults;
+
+  const { delay = 0, status, percent = 0 } = { ...byDefault, ...asked };
   if (delay > 0) {
     const { signal } = c.req.raw; // aborts when the client goes away
     await sleep(delay, undefined, { signal }).catch(() => {});
   }
-  const response: Response = await handler(c, next);
-  letGo(c.req.raw, response);
+  const response: Response = await handler(c, next) ?? c.res; // of middleware
+  discardBody(c.req.raw, response);
   if (status === undefined || Math.random() * 100 >= percent) return response;
-  const body = withoutBody.includes(status) ? null : response.body;
-  return new Response(body, { status, headers: response.headers });
+  const hasNoBody = statusesWithoutBody.includes(status);
+  const { headers } = response;
+  return new Response(hasNoBody ? null : response.body, { status, headers });
 }
 
-const { NoContent, ResetContent, NotModified } = STATUS_CODE;
-const withoutBody: number[] = [NoContent, ResetContent, NotModified];
-
-/** Lets go of a body that nobody reads: Deno would close the connection. */
-function letGo(request: Request, response?: Response) {
+/** Discards a body that nobody reads, or else Deno closes the connection. */
+function discardBody(request: Request, response?: Response) {
   if (request.bodyUsed) return;
   const { body } = request;
-  if (body === null || body === response?.body) return; // it is sent back
-  body.cancel().catch(() => {}); // the client may be gone by now
+  if (body === null || body === response?.body) return; // an echo needs it
+  body.cancel().catch(() => {}); // the client may be gone already
 }
 
 // ---- 3. The command line ----------------------------------------------------
@@ -269,7 +280,7 @@ Starts n HTTP servers; server i listens on port + i and answers "hello from hand
 
 A request may ask for itself: /?delay=<ms>&status=<code>[:<percent>]`;
 
-/** Runs the command line, resolves to its exit code. Go: `main`. */
+/** Runs the command line; resolves to its exit code. Go: `main`. */
 export async function main(args: string[]): Promise<number> {
   const exitCode = await parseAndRun(args);
   await flush();
@@ -286,16 +297,18 @@ async function parseAndRun(args: string[]): Promise<number> {
     print(Deno.stderr, `multiserv: ${error.message}\n${advice}`);
     return 2;
   }
-  if (command !== "help") return await run(command);
-  print(Deno.stdout, usage);
-  return 0;
+  if (command === "help") {
+    print(Deno.stdout, usage);
+    return 0;
+  }
+  return await run(command);
 }
 
-/** What to run. */
+/** A command line that makes sense. */
 interface Command {
   n: number;
-  /** Of the first server, whatever its number; 0 for free ports. */
-  port: number;
+  /** Port of the first server, whatever its number; 0 for free ports. */
+  firstPort: number;
   first: number;
   hostname: string;
   faults: string;
@@ -320,7 +333,7 @@ function parse(args: string[]): Command | "help" {
     boolean: ["verbose", "help"],
     alias: { p: "port", f: "first", H: "hostname", v: "verbose", h: "help" },
     default: { port: "1024", first: "0", hostname: "127.0.0.1" },
-    collect: ["_"], // or else --_ crashes it
+    collect: ["_"], // without this, an argument --_ makes it throw
     unknown(arg: string, option?: string) {
       if (option) throw new RangeError(`unknown option ${quote(arg)}`);
     },
@@ -328,8 +341,8 @@ function parse(args: string[]): Command | "help" {
   for (const name of ["port", "first", "hostname", "faults"] as const) {
     if (flags[name] === "") throw new RangeError(`--${name} needs a value`);
   }
-  for (const arg of args) {
-    if (!/^(-v|-h|--verbose|--help)[=\d]/.test(arg)) continue;
+  for (const arg of args) { // parseArgs would take --verbose=1 for --verbose
+    if (!/^(-[vh].*|--verbose|--help)[=\d]/.test(arg)) continue;
     throw new RangeError(`this option takes no value: ${quote(arg)}`);
   }
   if (flags.help) return "help";
@@ -339,23 +352,23 @@ function parse(args: string[]): Command | "help" {
   if (words.length > 1) {
     throw new RangeError(`one n is enough, got ${quote(words.join(" "))}`);
   }
-  const n = parseWholeNumber("n", `${words[0]}`, 1, 64512);
+  const n = parseNumber("n", `${words[0]}`, 1, 64512);
   const port = flags.port === "0"
     ? 0
-    : parseWholeNumber("port, unless 0,", flags.port, 1024, 65535);
-  const most = 65535 - Math.max(port, 1024);
-  const first = parseWholeNumber("first", flags.first, 0, most);
+    : parseNumber("port, unless 0,", flags.port, 1024, 65535);
+  const mostFirst = 65535 - Math.max(port, 1024);
+  const first = parseNumber("first", flags.first, 0, mostFirst);
   const firstPort = port === 0 ? 0 : port + first;
   checkPorts(firstPort, n);
   withFaults(handler(0), faults); // throws if they make no sense
-  return { n, port: firstPort, first, hostname, faults, verbose };
+  return { n, firstPort, first, hostname, faults, verbose };
 }
 
-/** Serves until a signal comes, resolves to the exit code. */
+/** Serves until a signal comes; resolves to the exit code. */
 async function run(command: Command): Promise<number> {
-  const { n, port, first, hostname, faults, verbose } = command;
-  const interrupted = untilSignal(); // listens before anything is awaited
-  await askForNetwork(hostname, port, n);
+  const { n, firstPort, first, hostname, faults, verbose } = command;
+  const interrupted = untilSignal(); // before any await: Ctrl+C may come early
+  await askForNetwork(hostname, firstPort, n);
 
   const apps = newApps(n);
   for (const [k, app] of apps.entries()) {
@@ -364,7 +377,7 @@ async function run(command: Command): Promise<number> {
   }
   let servers: MultiServer;
   try {
-    servers = await serveAll(apps, { hostname, port });
+    servers = await serveAll(apps, { hostname, port: firstPort });
   } catch (error) {
     if (!(error instanceof AggregateError)) throw error;
     await report(error, hostname);
@@ -374,8 +387,8 @@ async function run(command: Command): Promise<number> {
   const lines = servers.urls.map((url, k) =>
     `handler ${first + k} listening on ${url}`
   );
-  const ready = print(Deno.stdout, lines.join("\n"));
-  ready.then(() => tell("Press Ctrl+C to stop"));
+  // Neither is awaited: perhaps nobody reads the lines, or sends a signal.
+  print(Deno.stdout, lines.join("\n")).then(() => tell("Press Ctrl+C to stop"));
   interrupted.then(() => stop(servers));
   try {
     await servers.finished;
@@ -387,7 +400,7 @@ async function run(command: Command): Promise<number> {
   }
 }
 
-/** Resolves at the first SIGINT or SIGTERM; the second ends the process. */
+/** Resolves at the first SIGINT or SIGTERM; a second one ends the process. */
 function untilSignal(): Promise<void> {
   const { promise, resolve } = Promise.withResolvers<void>();
   let isFirst = true;
@@ -403,19 +416,18 @@ function untilSignal(): Promise<void> {
   return promise;
 }
 
-/** Has Deno ask once, for the host, where it would ask for every port. */
-async function askForNetwork(hostname: string, port: number, n: number) {
+/** Asks for network access once, for the host; Deno would ask for each port. */
+async function askForNetwork(hostname: string, firstPort: number, n: number) {
   const host = inUrl(hostname);
   function isAllowed(host: string) {
-    return Deno.permissions.querySync({ name: "net", host }).state ===
-      "granted";
+    const { state } = Deno.permissions.querySync({ name: "net", host });
+    return state === "granted";
   }
   try {
     if (isAllowed(host)) return;
-    const ports = Array.from(
-      { length: n },
-      (_, k) => port === 0 ? 0 : port + k,
-    );
+    const ports = firstPort === 0
+      ? [0]
+      : Array.from({ length: n }, (_, k) => firstPort + k);
     if (ports.every((port) => isAllowed(`${host}:${port}`))) return;
     await Deno.permissions.request({ name: "net", host });
   } catch {
@@ -423,7 +435,7 @@ async function askForNetwork(hostname: string, port: number, n: number) {
   }
 }
 
-/** Shuts the servers down; where that takes long, says why. */
+/** Shuts the servers down; where that takes long, tells why. */
 async function stop(servers: MultiServer) {
   const notice = setTimeout(
     () => tell("Answering requests in flight; Ctrl+C again stops now"),
@@ -433,11 +445,14 @@ async function stop(servers: MultiServer) {
   clearTimeout(notice);
 }
 
-/** `handler(i)` with faults; lets go of a body at once, as nothing reads it. */
+/**
+ * `handler(i)` with faults. As it reads no body, that is discarded beforehand:
+ * then `withFaults` takes the quick way for a POST, too.
+ */
 function commandHandler(i: number, faults: string): Handler {
   const answer = withFaults(handler(i), faults);
   return (c, next) => {
-    if (c.req.method !== "GET") letGo(c.req.raw);
+    if (c.req.method !== "GET") discardBody(c.req.raw);
     return answer(c, next);
   };
 }
@@ -446,7 +461,8 @@ function commandHandler(i: number, faults: string): Handler {
 function logger(i: number): Handler {
   return async (c, next) => {
     await next();
-    // The host comes from the client, and may be what no URL can have.
+    if (isBackedUp(Deno.stderr)) return;
+    // Leaves out the host: a client may send one that no URL can have.
     const path = c.req.url.slice(c.req.url.indexOf("/", "http://".length));
     const { pathname, search } = new URL(`http://localhost${path}`);
     const line = `${c.req.method} ${pathname}${search} ${c.res.status}`;
@@ -455,19 +471,17 @@ function logger(i: number): Handler {
 }
 
 /** Says what went wrong: up to five errors, and what helps against the last. */
-async function report(error: AggregateError, hostname: string) {
-  const { message, errors } = error;
-  const { cause } = errors.at(-1);
-  let lines: string[] = errors.slice(0, 5).map((error) => error.message);
-  if (errors.length > 5) lines.push(`… and ${errors.length - 5} more`);
-  let reason = reasons[codeOf(cause)];
-  if (reason === undefined && await isUnknown(hostname)) {
-    reason = "unknown host name";
-    lines = [reason];
+async function report({ message, errors }: AggregateError, hostname: string) {
+  const shown: string[] = errors.slice(0, 5).map((error) => error.message);
+  if (errors.length > 5) shown.push(`… and ${errors.length - 5} more`);
+  // The last, as open files run out after ports that are taken.
+  const reason = reasons[codeOf(errors.at(-1).cause)];
+  if (reason !== undefined) {
+    shown.push(hints[reason]!.replace("<host>", inUrl(hostname)));
+  } else if (await isUnknown(hostname)) {
+    shown.splice(0, Infinity, "unknown host name", "Try another --hostname");
   }
-  const hint = reason && hints[reason];
-  if (hint !== undefined) lines.push(hint.replace("<host>", inUrl(hostname)));
-  print(Deno.stderr, [`multiserv: ${message}`, ...lines].join("\n"));
+  print(Deno.stderr, [`multiserv: ${message}`, ...shown].join("\n"));
 }
 
 /** Whether nobody knows the host; Deno's own error has no code for that. */
@@ -491,77 +505,14 @@ const reasons: Record<string, string> = {
   NotCapable: "no network access",
 };
 
-/** What helps. */
+/** What helps against it. */
 const hints: Record<string, string> = {
   "already in use": "Try another --port",
   "permission denied": "Try another --port",
   "address not on this machine": "Try another --hostname",
-  "unknown host name": "Try another --hostname",
   "too many open files": "Raise ulimit -n or start fewer",
   "no network access": "Allow it: deno run --allow-net=<host>",
 };
-
-/** A server that could not start, or not again, and why. */
-function portError(port: number, cause: unknown): Error {
-  const reason = reasons[codeOf(cause)] ?? (cause as Error).message;
-  const is = codeOf(cause) === "EADDRINUSE" ? " is" : ":";
-  return new Error(`port ${port}${is} ${reason}`, { cause });
-}
-
-/** The code of a system's error; of one that has none, the class. */
-function codeOf(error: unknown): string {
-  const { code, name } = error as { code?: string; name: string };
-  return code ?? name;
-}
-
-/** @throws {RangeError} Unless so many servers fit on the ports from there up */
-function checkPorts(port: number, servers: number) {
-  checkWholeNumber("number of servers", servers, 1, 64512);
-  if (port === 0) return;
-  checkWholeNumber("port, unless 0,", port, 1024, 65535);
-  const most = 65536 - port;
-  if (servers <= most) return;
-  throw new RangeError(
-    `only ${most} of "${servers}" servers fit on the ports from ${port} up`,
-  );
-}
-
-/** @throws {RangeError} Unless the text is a whole number from min to max */
-function parseWholeNumber(
-  name: string,
-  text: string,
-  min: number,
-  max: number,
-): number {
-  const value = /^\d+$/.test(text) ? Number(text) : NaN;
-  checkWholeNumber(name, value, min, max, text);
-  return value;
-}
-
-/** @throws {RangeError} Unless the value is a whole number from min to max */
-function checkWholeNumber(
-  name: string,
-  value: number,
-  min: number,
-  max: number,
-  text: string = `${value}`,
-) {
-  if (Number.isInteger(value) && value >= min && value <= max) return;
-  throw new RangeError(
-    `${name} must be a whole number from ${min} to ${max}, got ${quote(text)}`,
-  );
-}
-
-/** The text in quotes; of a long one, its first 40 characters. */
-function quote(text: string): string {
-  return JSON.stringify(text.length > 40 ? `${text.slice(0, 40)}…` : text);
-}
-
-/** A host as URLs have it: an IPv6 address stands in brackets. */
-function inUrl(hostname: string): string {
-  const isBare = hostname.includes(":") && !hostname.startsWith("[");
-  return isBare ? `[${hostname}]` : hostname;
-}
 
 /** Tells somebody at a terminal what scripts need not know. */
 function tell(line: string) {
@@ -574,25 +525,87 @@ function print(output: Output, line: string): Promise<void> {
   return write(output, `${line}\n`);
 }
 
-/**
- * Writes without holding anybody up: what cannot be written, for a full disk or
- * a closed pipe, is dropped, and so is what piles up because nobody reads it.
- */
-async function write(output: Output, text: string): Promise<void> {
-  const writer = output.writable.getWriter();
-  const pilesUp = writer.desiredSize !== null && writer.desiredSize < -1000;
-  const bytes = new TextEncoder().encode(text);
-  const written = pilesUp ? undefined : writer.write(bytes);
+/** Writes; drops what cannot be written, for a full disk or a closed pipe. */
+async function write({ writable }: Output, text: string): Promise<void> {
+  const writer = writable.getWriter();
+  const written = writer.write(new TextEncoder().encode(text));
   writer.releaseLock();
-  await written?.catch(() => {});
+  await written.catch(() => {});
 }
 
-/** Waits until all is written, but not long: perhaps nobody reads it. */
+/** Whether over a thousand lines wait to be written, as nobody reads them. */
+function isBackedUp({ writable }: Output): boolean {
+  const writer = writable.getWriter();
+  const { desiredSize } = writer; // 1 less what waits; null after an error
+  writer.releaseLock();
+  return desiredSize !== null && desiredSize < -1000;
+}
+
+/** Waits until all is written, a second at most: perhaps nobody reads it. */
 async function flush() {
-  const done = new AbortController();
+  const done = new AbortController(); // or else the timer would live on
   const all = [write(Deno.stdout, ""), write(Deno.stderr, "")];
   Promise.all(all).then(() => done.abort());
   await sleep(1000, undefined, { signal: done.signal }).catch(() => {});
+}
+
+// What all three chapters use: ports, numbers and words.
+
+/** A server that could not start, or not again, and why. */
+function portError(port: number, cause: unknown): Error {
+  const code = codeOf(cause);
+  const reason = reasons[code] ?? (cause as Error).message;
+  const separator = code === "EADDRINUSE" ? " is " : ": ";
+  return new Error(`port ${port}${separator}${reason}`, { cause });
+}
+
+/** The code of a system's error; of one that has none, its class. */
+function codeOf(error: unknown): string {
+  const { code, name } = error as { code?: string; name: string };
+  return code ?? name;
+}
+
+/** @throws {RangeError} Unless so many servers fit on the ports from it up */
+function checkPorts(port: number, servers: number) {
+  checkNumber("number of servers", servers, 1, 64512);
+  if (port === 0) return;
+  checkNumber("port, unless 0,", port, 1024, 65535);
+  const most = 65536 - port;
+  if (servers <= most) return;
+  throw new RangeError(
+    `only ${most} of "${servers}" servers fit on the ports from ${port} up`,
+  );
+}
+
+/** @throws {RangeError} Unless it is a whole number from min to max */
+function checkNumber(name: string, value: number, min: number, max: number) {
+  const isInRange = value >= min && value <= max;
+  if (Number.isInteger(value) && isInRange) return;
+  throw outOfRange(name, `${value}`, min, max);
+}
+
+/** @throws {RangeError} Unless it is such a number, in digits alone */
+function parseNumber(name: string, text: string, min: number, max: number) {
+  const value = Number(text);
+  const isInRange = value >= min && value <= max;
+  if (/^\d+$/.test(text) && isInRange) return value;
+  throw outOfRange(name, text, min, max);
+}
+
+function outOfRange(name: string, got: string, min: number, max: number) {
+  const range = `a whole number from ${min} to ${max}`;
+  return new RangeError(`${name} must be ${range}, got ${quote(got)}`);
+}
+
+/** The text in quotes; of a long one, its first 40 characters. */
+function quote(text: string): string {
+  return JSON.stringify(text.length > 40 ? `${text.slice(0, 40)}…` : text);
+}
+
+/** A host as URLs have it: an IPv6 address stands in brackets. */
+function inUrl(hostname: string): string {
+  const isBare = hostname.includes(":") && !hostname.startsWith("[");
+  return isBare ? `[${hostname}]` : hostname;
 }
 
 if (import.meta.main) Deno.exit(await main(Deno.args));
