@@ -248,7 +248,7 @@ async function answerWithFaults(
     const { signal } = c.req.raw; // aborts when the client goes away
     await sleep(delay, undefined, { signal }).catch(() => {});
   }
-  const response: Response = await handler(c, next) ?? c.res; // of middleware
+  const response: Response = await handler(c, next);
   discardBody(c.req.raw, response);
   if (status === undefined || Math.random() * 100 >= percent) return response;
   const hasNoBody = statusesWithoutBody.includes(status);
