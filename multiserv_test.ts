@@ -181,6 +181,11 @@ function received(socket: Socket) {
   return { times };
 }
 
+/** A POST with a body of so many bytes, of which these come at once. */
+const post = (bytes: number, now = bytes) =>
+  `POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: ${bytes}\r\n\r\n` +
+  "x".repeat(now);
+
 /**
  * Sends a request down a connection of its own. Resolves when it has left; a
  * later one to the same server arrives after it.
@@ -266,9 +271,16 @@ interface Ended {
 /** Runs `main` in this process, with nothing bound, printed or ended. */
 async function inProcess(
   args: string[],
-  { serve = standIns().serve, terminal = false, whileRunning = () => {} }: {
+  {
+    serve = standIns().serve,
+    terminal = false,
+    unread = Promise.resolve(),
+    whileRunning = () => {},
+  }: {
     serve?: unknown;
     terminal?: boolean;
+    /** Until when nobody reads stderr. */
+    unread?: Promise<void>;
     whileRunning?: (person: {
       press: (signal: string) => void;
       until: (line: string) => Promise<void>;
@@ -281,7 +293,8 @@ async function inProcess(
   const stream = (name: keyof typeof said) => ({
     isTerminal: () => terminal,
     writable: new WritableStream<Uint8Array>({
-      write(bytes) {
+      async write(bytes) {
+        if (name === "stderr") await unread;
         said[name] += new TextDecoder().decode(bytes);
         look();
       },
@@ -531,32 +544,38 @@ test("withFaults takes any handler, and keeps what it answers", async () => {
   assertEquals(await statuses("/", [0], "status=500&status=501"), [500]);
 });
 
-test("withFaults lets go of a body unread, and of no other", async () => {
-  const post = (answer: Handler, path = "/") => {
-    const request = new Request(`http://localhost${path}`, {
-      method: "POST",
-      body: "sent",
-    });
-    const [app] = newApps(1);
-    return {
-      request,
-      response: app!.all("*", withFaults(answer)).fetch(request),
-    };
-  };
-  for (const path of ["/", "/?status=503", "/?status=x"]) {
-    const { request, response } = post(handler(0), path);
-    await response;
-    assert(request.bodyUsed, path);
+test("withFaults discards a body that nobody reads, and no other", async () => {
+  for (const query of ["", "?status=503", "?status=x"]) {
+    const post = { method: "POST", body: "sent" };
+    const request = new Request(`http://localhost/${query}`, post);
+    await helloApp(0).fetch(request);
+    assert(request.bodyUsed, query);
   }
-  for (
-    const reading of [
-      async (c) => c.text(await c.req.text()),
-      (c) => new Response(c.req.raw.body),
-    ] as Handler[]
-  ) {
-    const answer = await post(reading).response;
-    assertEquals(await answer.text(), "sent");
-  }
+  // One that somebody holds on to cannot be discarded, which is no error.
+  const [app] = newApps(1);
+  app!.post("/", withFaults((c) => c.text(`${c.req.raw.body!.getReader()}`)));
+  const response = await app!.request("/", { method: "POST", body: "sent" });
+  assertEquals(response.status, 200);
+});
+
+netTest("withFaults leaves a body to whoever reads it", async () => {
+  const readers: Handler[] = [
+    async (c) => c.text(await c.req.text()),
+    (c) => new Response(c.req.raw.body),
+  ];
+  const apps = newApps(readers.length);
+  apps.forEach((app, i) => app.post("/", withFaults(readers[i]!)));
+  await using(serveAll(apps, { port: 0 }), async (urls) => {
+    for (const url of urls) {
+      const socket = await dial(portOf(url));
+      const { times } = received(socket);
+      socket.write(post(4, 0));
+      await sleep(20); // the body comes when the handler has answered
+      socket.write("xxxx");
+      await times("xxxx", 1);
+      socket.destroy();
+    }
+  });
 });
 
 test("a client that leaves ends the longest delay", async () => {
@@ -571,10 +590,10 @@ test("only a delay looks whether the client has left", async () => {
   // Deno prints a note when `signal` is first read.
   for (const query of ["", "?status=503", "?delay=0", "?delay=x"]) {
     const request = new Request(`http://localhost/${query}`);
-    Object.defineProperty(request, "signal", {
-      get: () => assert(false, query),
-    });
+    let looked = false;
+    Object.defineProperty(request, "signal", { get: () => looked = true });
     await helloApp(0).fetch(request);
+    assertEquals(looked, false, query);
   }
 });
 
@@ -635,6 +654,13 @@ netTest("an empty hostname does not mean all addresses", async () => {
 });
 
 // ---- serveAll: what it serves -----------------------------------------------
+
+test("the first port is 1024 unless told otherwise", async () => {
+  await replacing({ serve: standIns().serve }, async () => {
+    const { urls } = await serveAll(newApps(2));
+    assertEquals(urls, ["http://127.0.0.1:1024", "http://127.0.0.1:1025"]);
+  });
+});
 
 netTest("app i listens on port + i", async () => {
   const port = await freePorts(3);
@@ -724,11 +750,6 @@ netTest("a client that hangs up frees its timer", async () => {
     await done.promise;
   });
 });
-
-/** A POST with a body of so many bytes, of which these come at once. */
-const post = (bytes: number, now = bytes) =>
-  `POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: ${bytes}\r\n\r\n` +
-  "x".repeat(now);
 
 netTest("uploads nobody reads: answered, on the same connection", async () => {
   const size = 3_000_000;
@@ -844,13 +865,13 @@ test("a server that fails to accept listens again, as it was", async () => {
     assertEquals(second.shutdowns, 0);
 
     // What the first had accepted is answered before all has ended.
-    let finished = false;
+    const done: string[] = [];
     const stopping = Promise.all([
-      servers.shutdown(),
-      servers.finished.then(() => finished = true),
+      servers.shutdown().then(() => done.push("shutdown")),
+      servers.finished.then(() => done.push("finished")),
     ]);
     await sleep(20);
-    assertEquals(finished, false);
+    assertEquals(done, []);
     inFlight.resolve();
     await stopping;
     assertEquals(standIns.length, 4);
@@ -924,6 +945,8 @@ const wrong: Record<string, string> = {
   "--_": n(""),
   [`3\n4`]: n("3\\n4"),
   ["9".repeat(12_000)]: n("9".repeat(40) + "…"),
+  ["9".repeat(41)]: n("9".repeat(40) + "…"),
+  ["9".repeat(40)]: n("9".repeat(40)),
   "3 --faults delay=-1": delayRange("-1"),
   "3 --faults status=503:101": percentRange("101"),
   "3 --faults dealy=1":
@@ -1165,6 +1188,25 @@ test("--verbose: path and query only, so that no client forges a line", async ()
       "handler 8: GET /e 200\n" +
       "handler 8: GET /%20200%20handler%207:%20GET%20http://b/f 200\n",
   );
+});
+
+test("of a log that nobody reads it keeps a thousand lines", async () => {
+  const { serve, servers } = standIns();
+  const reading = Promise.withResolvers<void>();
+  const { stderr } = await inProcess(["1", "-v"], {
+    serve,
+    unread: reading.promise,
+    async whileRunning({ press, until }) {
+      await until("listening");
+      for (let k = 0; k < 2000; k++) {
+        await servers[0]!.fetch(new Request("http://localhost/"));
+      }
+      reading.resolve();
+      press("SIGTERM");
+    },
+  });
+  const lines = stderr.split("\n").length;
+  assert(lines > 990 && lines < 1010, `${lines} lines`);
 });
 
 // ---- The command, as a process ----------------------------------------------
