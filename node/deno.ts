@@ -6,6 +6,7 @@ import {
   RequestError,
 } from "@hono/node-server";
 import { lookup } from "node:dns/promises";
+import { once } from "node:events";
 import {
   createServer,
   type IncomingMessage,
@@ -13,13 +14,14 @@ import {
 } from "node:http";
 import type { AddressInfo, Socket } from "node:net";
 import process from "node:process";
+import type { Writable } from "node:stream";
 import { finished } from "node:stream/promises";
 
 /** What a handler learns about a request, looked up when it asks. */
 class Info implements Deno.ServeHandlerInfo<Deno.NetAddr> {
   #incoming: IncomingMessage;
   #outgoing: ServerResponse;
-  constructor({ incoming, outgoing }: HttpBindings) {
+  constructor(incoming: IncomingMessage, outgoing: ServerResponse) {
     this.#incoming = incoming;
     this.#outgoing = outgoing;
   }
@@ -45,6 +47,7 @@ function addressOf(hostname: string): Promise<string> {
     const found = bare ? lookup(bare) : Promise.reject(new Error("no name"));
     address = found.then(({ address }) => address, (cause) => {
       addresses.delete(hostname);
+      if (outOfFiles.includes(cause.code)) throw cause;
       const message = "failed to lookup address information";
       throw new Error(`${message}: ${cause.message}`, { cause });
     });
@@ -52,6 +55,7 @@ function addressOf(hostname: string): Promise<string> {
   }
   return address;
 }
+const outOfFiles = ["EMFILE", "ENFILE", "EBUSY"];
 
 /**
  * Closes a connection after the answers it owes. Which one it is at, only
@@ -61,6 +65,14 @@ function closeWhenIdle(socket: Socket & { _httpMessage?: ServerResponse }) {
   const response = socket._httpMessage;
   if (response) response.once("close", () => closeWhenIdle(socket));
   else socket.destroySoon();
+}
+
+/**
+ * Lets an upload go on after its answer, however long. Node reads and drops
+ * what is left, but Hono would hang up half a second later if it saw that.
+ */
+function letUploadGoOn(incoming: IncomingMessage) {
+  Object.defineProperty(incoming, "readableEnded", { value: true });
 }
 
 /** Answers for a handler that throws, or a request that cannot reach it. */
@@ -73,23 +85,24 @@ function errorHandler(error: unknown): Response {
 type ServeOptions = Required<
   Pick<Deno.ServeTcpOptions, "hostname" | "port" | "onListen">
 >;
-type HttpServer = Pick<
-  Deno.HttpServer<Deno.NetAddr>,
-  "addr" | "finished" | "shutdown"
->;
+type HttpServer = Pick<Deno.HttpServer<Deno.NetAddr>, "finished" | "shutdown">;
 
 /** `Deno.serve`, but that a failed start rejects `finished` instead of throwing. */
 function serve(
   { hostname, port, onListen }: ServeOptions,
   handler: Deno.ServeHandler<Deno.NetAddr>,
 ): HttpServer {
+  function fetch(request: Request, env: unknown) {
+    const { incoming, outgoing } = env as HttpBindings;
+    if (request.method !== "GET") {
+      outgoing.once("finish", () => letUploadGoOn(incoming));
+    }
+    return handler(request, new Info(incoming, outgoing));
+  }
   // As on Deno, a request need not say which host it is for.
   const server = createServer(
     { requireHostHeader: false },
-    getRequestListener(
-      (request, env) => handler(request, new Info(env as HttpBindings)),
-      { hostname: "localhost", errorHandler },
-    ),
+    getRequestListener(fetch, { hostname: "localhost", errorHandler }),
   );
 
   const sockets = new Set<Socket>();
@@ -98,22 +111,16 @@ function serve(
     socket.once("close", () => sockets.delete(socket));
   });
 
-  const ended = Promise.withResolvers<void>();
-  server.once("close", ended.resolve);
-  server.on("error", ended.reject);
-  server.once("listening", () => onListen(address()));
-  addressOf(hostname)
-    .then((host) => server.listen({ host, port }), ended.reject);
-
-  function address(): Deno.NetAddr {
-    const { address, port } = server.address() as AddressInfo;
-    return { transport: "tcp", hostname: address, port };
+  const closed = new Promise<void>((resolve) => server.once("close", resolve));
+  async function listen() {
+    server.listen({ host: await addressOf(hostname), port });
+    await once(server, "listening");
+    server.on("error", () => {}); // a client it could not accept; it goes on
+    const { address, port: itsPort } = server.address() as AddressInfo;
+    onListen({ transport: "tcp", hostname: address, port: itsPort });
   }
   return {
-    get addr() {
-      return address();
-    },
-    finished: ended.promise,
+    finished: listen().then(() => closed),
     async shutdown() {
       const closed = new Promise((resolve) => server.close(resolve));
       // Without this it would wait for clients that keep their connection.
@@ -123,13 +130,29 @@ function serve(
   };
 }
 
+type Output = Pick<typeof Deno.stdout, "isTerminal" | "writable">;
+
+/** Where Node writes to, as Deno has it. */
+function output(stream: Writable & { isTTY?: boolean }): Output {
+  return {
+    isTerminal: () => stream.isTTY === true,
+    writable: new WritableStream({
+      write: (bytes) =>
+        new Promise((resolve, reject) => {
+          stream.write(bytes, (error) => error ? reject(error) : resolve());
+        }),
+    }),
+  };
+}
+
 /** What the program uses of `Deno`. */
 type Used =
   & Pick<typeof Deno, "addSignalListener" | "args" | "exit">
   & {
-    permissions: Pick<typeof Deno.permissions, "request">;
+    permissions: Pick<typeof Deno.permissions, "request" | "querySync">;
     serve: typeof serve;
-    stderr: Pick<typeof Deno.stderr, "isTerminal">;
+    stdout: Output;
+    stderr: Output;
   };
 
 /** Node asks nobody. */
@@ -142,9 +165,13 @@ const used: Used = {
   addSignalListener: (signal, handler) => void process.on(signal, handler),
   args: process.argv.slice(2),
   exit: (code) => process.exit(code),
-  permissions: { request: () => Promise.resolve(granted) },
+  permissions: {
+    request: () => Promise.resolve(granted),
+    querySync: () => granted,
+  },
   serve,
-  stderr: { isTerminal: () => process.stderr.isTTY === true },
+  stdout: output(process.stdout),
+  stderr: output(process.stderr),
 };
 
 Object.assign(globalThis, { Deno: used });

@@ -1,5 +1,5 @@
-// Lets Node find the packages that the program names: looks a specifier up in
-// the import map of ../deno.json, and an npm: specifier in node_modules here.
+// Lets Node find the packages that the program names as Deno does: looks up
+// jsr: specifiers in the import map of ../deno.json, npm: ones in node_modules.
 import { readFileSync } from "node:fs";
 import { registerHooks } from "node:module";
 
@@ -9,11 +9,10 @@ const imports: Record<string, string> =
 
 registerHooks({
   resolve(specifier, context, nextResolve) {
+    if (!/^(jsr|npm):/.test(specifier)) return nextResolve(specifier, context);
     const mapped = imports[specifier] ?? specifier;
     // npm:@scope/name@version/path, of which the version is package.json's.
-    const npm = /^npm:((?:@[^/]+\/)?[^@/]+)(?:@[^/]+)?(.*)$/.exec(mapped);
-    return npm
-      ? nextResolve(npm[1] + npm[2], { ...context, parentURL: import.meta.url })
-      : nextResolve(mapped, context);
+    const found = mapped.replace(/^npm:((@[^/]+\/)?[^@/]+)(@[^/]+)?/, "$1");
+    return nextResolve(found, { ...context, parentURL: import.meta.url });
   },
 });
