@@ -248,12 +248,15 @@ async function answerWithFaults(
     const { signal } = c.req.raw; // aborts when the client goes away
     await sleep(delay, undefined, { signal }).catch(() => {});
   }
-  const response: Response = await handler(c, next);
+  const answer: Response = await handler(c, next);
+  const response = c.finalized ? c.res : answer; // of a later handler, or its own
   discardBody(c.req.raw, response);
   if (status === undefined || Math.random() * 100 >= percent) return response;
   const hasNoBody = statusesWithoutBody.includes(status);
   const { headers } = response;
-  return new Response(hasNoBody ? null : response.body, { status, headers });
+  // Set, not just returned: it may replace the answer of a later handler.
+  c.res = new Response(hasNoBody ? null : response.body, { status, headers });
+  return c.res;
 }
 
 /** Discards a body that nobody reads, or else Deno closes the connection. */
@@ -367,8 +370,8 @@ function parse(args: string[]): Command | "help" {
 /** Serves until a signal comes; resolves to the exit code. */
 async function run(command: Command): Promise<number> {
   const { n, firstPort, first, hostname, faults, verbose } = command;
+  askForNetwork(hostname, firstPort, n); // first: Ctrl+C is an answer, too
   const interrupted = untilSignal(); // before any await: Ctrl+C may come early
-  await askForNetwork(hostname, firstPort, n);
 
   const apps = newApps(n);
   for (const [k, app] of apps.entries()) {
@@ -417,7 +420,7 @@ function untilSignal(): Promise<void> {
 }
 
 /** Asks for network access once, for the host; Deno would ask for each port. */
-async function askForNetwork(hostname: string, firstPort: number, n: number) {
+function askForNetwork(hostname: string, firstPort: number, n: number) {
   const host = inUrl(hostname);
   function isAllowed(host: string) {
     const { state } = Deno.permissions.querySync({ name: "net", host });
@@ -429,7 +432,7 @@ async function askForNetwork(hostname: string, firstPort: number, n: number) {
       ? [0]
       : Array.from({ length: n }, (_, k) => firstPort + k);
     if (ports.every((port) => isAllowed(`${host}:${port}`))) return;
-    await Deno.permissions.request({ name: "net", host });
+    Deno.permissions.requestSync({ name: "net", host });
   } catch {
     // There is no such host: its servers will not start, and say so.
   }
@@ -488,7 +491,7 @@ async function report({ message, errors }: AggregateError, hostname: string) {
 function isUnknown(hostname: string): Promise<boolean> {
   return lookup(hostname).then(
     () => false,
-    ({ code }) => code === "ENOTFOUND" || code === "EAI_AGAIN",
+    ({ code }) => ["ENOTFOUND", "EAI_AGAIN", "EINVAL"].includes(code),
   );
 }
 
@@ -599,7 +602,9 @@ function outOfRange(name: string, got: string, min: number, max: number) {
 
 /** The text in quotes; of a long one, its first 40 characters. */
 function quote(text: string): string {
-  return JSON.stringify(text.length > 40 ? `${text.slice(0, 40)}…` : text);
+  const letters = [...text];
+  const start = letters.slice(0, 40).join("");
+  return JSON.stringify(letters.length > 40 ? `${start}…` : text);
 }
 
 /** A host as URLs have it: an IPv6 address stands in brackets. */

@@ -33,11 +33,11 @@ const onDeno = "deno" in process.versions;
 const onLinux = process.platform === "linux";
 
 /** Whether it is allowed, by a flag or by somebody whom Deno may ask. */
-async function granted(name: "net" | "run" | "env") {
-  return (await Deno.permissions.request({ name })).state === "granted";
+function isGranted(name: "net" | "run" | "env") {
+  return Deno.permissions.requestSync({ name }).state === "granted";
 }
-const net = await granted("net");
-const run = net && await granted("run") && await granted("env");
+const net = isGranted("net");
+const run = net && isGranted("run") && isGranted("env");
 
 type Body = () => void | Promise<void>;
 
@@ -313,7 +313,7 @@ async function inProcess(
     serve,
     stdout: stream("stdout"),
     stderr: stream("stderr"),
-    permissions: { querySync: () => granted, request: () => granted },
+    permissions: { querySync: () => granted, requestSync: () => granted },
     addSignalListener(signal: string, listener: () => void) {
       listeners[signal] = listener;
     },
@@ -540,6 +540,15 @@ test("withFaults takes any handler, and keeps what it answers", async () => {
     assertEquals(response.headers.get("x-own"), "yes");
     assertEquals(await response.text(), "gone");
   }
+  // One that leaves the answer to the next is a handler, too.
+  const [other] = newApps(1);
+  other!.get("/", withFaults((_c, next) => next()), handler(1));
+  for (const [query, status] of [["", 200], ["?status=503", 503]]) {
+    const response = await other!.request(`/${query}`);
+    assertEquals(response.status, status);
+    assertEquals(await response.text(), "hello from handler 1");
+  }
+  assertEquals((await other!.request("/no-such?status=503")).status, 404);
   // The first of two is meant, here too.
   assertEquals(await statuses("/", [0], "status=500&status=501"), [500]);
 });
@@ -947,6 +956,7 @@ const wrong: Record<string, string> = {
   ["9".repeat(12_000)]: n("9".repeat(40) + "…"),
   ["9".repeat(41)]: n("9".repeat(40) + "…"),
   ["9".repeat(40)]: n("9".repeat(40)),
+  ["😀".repeat(41)]: n("😀".repeat(40) + "…"),
   "3 --faults delay=-1": delayRange("-1"),
   "3 --faults status=503:101": percentRange("101"),
   "3 --faults dealy=1":
@@ -1372,6 +1382,7 @@ runTest("an address of another machine, and unknown hosts", async () => {
       "no-such-host.invalid",
       "too-many-open-files.invalid",
       "EADDRINUSE.invalid",
+      "a".repeat(300),
       "a b",
       "x:y",
       "[x]",
@@ -1380,7 +1391,11 @@ runTest("an address of another machine, and unknown hosts", async () => {
   ) {
     assertEquals(
       await cli("2", "-p", "5000", "-H", hostname),
-      refused(hostname, ["unknown host name"], "Try another --hostname"),
+      refused(
+        hostname.length > 40 ? `${hostname.slice(0, 40)}…` : hostname,
+        ["unknown host name"],
+        "Try another --hostname",
+      ),
     );
   }
 });
@@ -1559,6 +1574,10 @@ denoTest("asks for the network once, for all ports", async () => {
     ended.shown,
     "Allow it: deno run --allow-net=127.0.0.1\r\n",
   );
+
+  const neither = onTerminal(words);
+  await neither.answer("\x03", "^C");
+  assertEquals((await neither.end()).code, 130);
 });
 
 denoTest("asks nobody who has allowed just its ports", async () => {

@@ -149,7 +149,7 @@ function output(stream: Writable & { isTTY?: boolean }): Output {
 type Used =
   & Pick<typeof Deno, "addSignalListener" | "args" | "exit">
   & {
-    permissions: Pick<typeof Deno.permissions, "request" | "querySync">;
+    permissions: Pick<typeof Deno.permissions, "querySync" | "requestSync">;
     serve: typeof serve;
     stdout: Output;
     stderr: Output;
@@ -165,10 +165,7 @@ const used: Used = {
   addSignalListener: (signal, handler) => void process.on(signal, handler),
   args: process.argv.slice(2),
   exit: (code) => process.exit(code),
-  permissions: {
-    request: () => Promise.resolve(granted),
-    querySync: () => granted,
-  },
+  permissions: { querySync: () => granted, requestSync: () => granted },
   serve,
   stdout: output(process.stdout),
   stderr: output(process.stderr),
