@@ -249,7 +249,7 @@ async function answerWithFaults(
     await sleep(delay, undefined, { signal }).catch(() => {});
   }
   const answer: Response = await handler(c, next);
-  const response = c.finalized ? c.res : answer; // of a later handler, or its own
+  const response = c.finalized ? c.res : answer; // a later handler's, or its own
   discardBody(c.req.raw, response);
   if (status === undefined || Math.random() * 100 >= percent) return response;
   const hasNoBody = statusesWithoutBody.includes(status);
@@ -370,7 +370,7 @@ function parse(args: string[]): Command | "help" {
 /** Serves until a signal comes; resolves to the exit code. */
 async function run(command: Command): Promise<number> {
   const { n, firstPort, first, hostname, faults, verbose } = command;
-  askForNetwork(hostname, firstPort, n); // first: Ctrl+C is an answer, too
+  askForNetwork(hostname, firstPort, n); // Ctrl+C at this question ends it all
   const interrupted = untilSignal(); // before any await: Ctrl+C may come early
 
   const apps = newApps(n);
