@@ -13,6 +13,7 @@ import { once } from "node:events";
 import { connect, createServer, type Socket } from "node:net";
 import { dirname } from "node:path";
 import process from "node:process";
+import type { Readable } from "node:stream";
 import { text } from "node:stream/consumers";
 import { setTimeout as sleep } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
@@ -128,20 +129,14 @@ const helloApps = (n: number) =>
 /** Runs `fn` on running servers, and stops them whatever happens. */
 async function using(
   starting: Promise<MultiServer>,
-  fn: (urls: [string, ...string[]], servers: MultiServer) => unknown,
+  fn: (urls: [string, ...string[]]) => unknown,
 ) {
   const servers = await starting;
   try {
-    await fn(servers.urls as [string, ...string[]], servers);
+    await fn(servers.urls as [string, ...string[]]);
   } finally {
     await servers.shutdown();
   }
-}
-
-/** Why each server that could not start could not. */
-async function failed(starting: Promise<MultiServer>): Promise<Error[]> {
-  const error = await assertRejects(() => starting, AggregateError);
-  return (error as AggregateError).errors;
 }
 
 const get = async (url: string) => (await fetch(url)).text();
@@ -164,11 +159,11 @@ async function raw(port: number, bytes: string): Promise<string> {
   return text(socket);
 }
 
-/** What a socket has received so far, and a way to wait for more of it. */
-function received(socket: Socket) {
+/** What a stream has brought so far, and a way to wait for more of it. */
+function received(stream: Readable) {
   let seen = "";
   let look = () => {};
-  socket.on("data", (data: Uint8Array) => {
+  stream.on("data", (data: Uint8Array) => {
     seen += new TextDecoder().decode(data);
     look();
   });
@@ -178,7 +173,7 @@ function received(socket: Socket) {
       look = () => seen.split(part).length > n && resolve();
       look();
     });
-  return { times };
+  return { times, all: () => seen };
 }
 
 /** A POST with a body of so many bytes, of which these come at once. */
@@ -344,8 +339,8 @@ const refused = (hostname: string, list: string[], hint?: string): Ended => ({
 });
 
 /** The ready lines of servers at these URLs. */
-const ready = (urls: string[], first = 0) =>
-  urls.map((url, k) => `handler ${first + k} listening on ${url}\n`).join("");
+const ready = (urls: string[]) =>
+  urls.map((url, i) => `handler ${i} listening on ${url}\n`).join("");
 
 // ---- newApps, handler -------------------------------------------------------
 
@@ -659,7 +654,8 @@ netTest(
 );
 
 netTest("an empty hostname does not mean all addresses", async () => {
-  await failed(serveAll(newApps(1), { port: 0, hostname: "" }));
+  const starting = serveAll(newApps(1), { port: 0, hostname: "" });
+  await assertRejects(() => starting, AggregateError);
 });
 
 // ---- serveAll: what it serves -----------------------------------------------
@@ -1263,16 +1259,12 @@ const cli = (...args: string[]) => launch([...command, ...args]).ended;
 /** Starts a command that serves n ports and waits for its ready lines. */
 async function serving(n: number, words: string[]) {
   const { child, ended, kill } = launch(words);
-  const urls = await new Promise<string[]>((resolve, reject) => {
-    let seen = "";
-    child.stdout!.on("data", (data: Uint8Array) => {
-      seen += new TextDecoder().decode(data);
-      const urls = seen.match(/http:\S+(?=\n)/g) ?? [];
-      if (urls.length === n) resolve(urls);
-    });
-    ended.then(({ stderr }) => reject(new Error(stderr)));
-  });
-  return { urls: urls as [string, ...string[]], ended, kill };
+  const { times, all } = received(child.stdout!);
+  const early = ended.then(({ stderr }) => Promise.reject(new Error(stderr)));
+  await Promise.race([times("\n", n), early]);
+  const urls = all().match(/http:\S+(?=\n)/g) ?? [];
+  assertEquals(urls.length, n);
+  return { urls: urls as unknown as [string, ...string[]], ended, kill };
 }
 
 /** Starts `multiserv` on free ports and waits for its ready lines. */
@@ -1489,24 +1481,13 @@ function onTerminal(command: string[]) {
   // exec: a shell that stayed would take Ctrl+C too, and some die of it.
   const words = ["script", "-qec", `exec ${line}`, "/dev/null"];
   const { child, stdout, closed } = start(words, "pipe");
-  let shown = "";
-  const waiting = new Set<() => void>();
-  stdout.on("data", (data: Uint8Array) => {
-    shown += new TextDecoder().decode(data);
-    for (const look of waiting) look();
-  });
+  const { times, all } = received(stdout);
   /** Waits until the screen has shown this text. */
-  const until = async (text: string) => {
-    const found = Promise.withResolvers<void>();
-    const look = () => shown.includes(text) && found.resolve();
-    waiting.add(look);
-    look();
-    await Promise.race([
-      found.promise,
-      closed.then(() => found.reject(new Error(`no "${text}" in: ${shown}`))),
+  const until = (text: string) =>
+    Promise.race([
+      times(text, 1),
+      closed.then(() => Promise.reject(new Error(`no "${text}" in: ${all()}`))),
     ]);
-    waiting.delete(look);
-  };
   const type = (keys: string) => child.stdin!.write(keys);
   /** Answers a question: it drops what is typed before it is ready to read. */
   const answer = async (keys: string, reply: string) => {
@@ -1522,7 +1503,7 @@ function onTerminal(command: string[]) {
     }
   };
   /** Resolves to the exit code and the screen, once it has ended. */
-  const end = async () => ({ code: await closed, shown });
+  const end = async () => ({ code: await closed, shown: all() });
   return { until, type, answer, end };
 }
 
@@ -1610,19 +1591,21 @@ denoTest("where nobody can be asked: the flag to add, exit 1", async () => {
 
 denoTest("multiserv.ts alone runs from an empty folder", async () => {
   const port = await freePorts(1);
+  const folder = (await launch(["mktemp", "-d"]).ended).stdout.trim();
   // The import map says where to get the packages, nothing else.
-  const script = `
-    folder=$(mktemp -d) && cp multiserv.ts "$folder" && map=$PWD/deno.json &&
-    trap 'rm -r "$folder"' EXIT && cd "$folder" &&
-    "$0" run --allow-net --import-map="$map" multiserv.ts 1 -p ${port} & wait`;
-  const { stdout, stderr, closed } = start(["sh", "-c", script, runtime]);
-  const said = text(stderr);
-  const [line] = await once(stdout, "data");
-  assertEquals(`${line}`, ready([`http://127.0.0.1:${port}`]));
-  const url = `http://127.0.0.1:${port}`;
-  assertEquals((await fetch(`${url}/?status=204`)).status, 204);
-  await launch(["pkill", "-f", `map=.*multiserv.ts 1 -p ${port}`]).ended;
-  await Promise.all([closed, said]);
+  const line = `cp multiserv.ts ${folder} && map=$PWD/deno.json &&
+    cd ${folder} && exec "$0" run --allow-net --import-map="$map" \\
+    multiserv.ts 1 -p ${port}`;
+  try {
+    const words = ["sh", "-c", line, runtime];
+    const { urls: [url], ended, kill } = await serving(1, words);
+    assertEquals(url, `http://127.0.0.1:${port}`);
+    assertEquals((await fetch(`${url}/?status=204`)).status, 204);
+    kill("SIGTERM");
+    assertEquals((await ended).stdout, ready([url]));
+  } finally {
+    await launch(["rm", "-r", folder]).ended;
+  }
 });
 
 denoTest("./multiserv.ts runs, with just the permission it needs", async () => {
