@@ -261,10 +261,9 @@ async function answerWithFaults(
 
 /** Discards a body that nobody reads, or else Deno closes the connection. */
 function discardBody(request: Request, response?: Response) {
-  if (request.bodyUsed) return;
   const { body } = request;
   if (body === null || body === response?.body) return; // an echo needs it
-  body.cancel().catch(() => {}); // the client may be gone already
+  body.cancel().catch(() => {}); // somebody reads it, or the client is gone
 }
 
 // ---- 3. The command line ----------------------------------------------------

@@ -5,7 +5,6 @@ import {
   assertEquals,
   assertMatch,
   assertRejects,
-  assertStringIncludes,
   assertThrows,
 } from "jsr:@std/assert@^1";
 import { spawn } from "node:child_process";
@@ -30,44 +29,41 @@ import {
 
 const onDeno = "deno" in process.versions;
 
-/** Whether it is allowed, by a flag or by somebody whom Deno may ask. */
+/** Whether it is allowed. In tests, Deno 2.9 asks nobody for what is not. */
 const isGranted = (name: "net" | "run" | "env") =>
   Deno.permissions.requestSync({ name }).state === "granted";
 const net = isGranted("net");
 const run = net && isGranted("run") && isGranted("env");
+const onLinux = run && process.platform === "linux";
 
 /** What ends or undoes what a test has begun. */
 const cleanups: (() => unknown)[] = [];
 const after = (cleanup: () => unknown) => cleanups.push(cleanup);
 
-/** Makes a function like `Deno.test`, whose tests may hang or be ignored. */
-const testIf =
-  (ignoredUnless: boolean) => (name: string, body: () => unknown) =>
-    Deno.test({
-      name,
-      ignore: !ignoredUnless,
-      async fn() {
-        const late = Promise.withResolvers<void>();
-        const timer = setTimeout(late.reject, 60_000, new Error("It hangs"));
-        try {
-          await Promise.race([body(), late.promise]);
-        } finally {
-          clearTimeout(timer);
-          for (const cleanup of cleanups.splice(0).reverse()) await cleanup();
-        }
-      },
-    });
-/** A test that opens no socket. */
-const test = testIf(true);
-/** A test that needs the network. */
-const netTest = testIf(net);
-/** A test that starts the command. */
-const runTest = testIf(run);
-/** One that does it in a way that only Linux knows. */
-const linuxTest = testIf(run && process.platform === "linux");
+/** Makes a function like `Deno.test`, for tests that may be ignored or hang. */
+const testIf = (allowed: boolean) => (name: string, body: () => unknown) =>
+  Deno.test({
+    name,
+    ignore: !allowed,
+    async fn() {
+      const late = Promise.withResolvers<void>();
+      const timer = setTimeout(late.reject, 45_000, new Error("It hangs"));
+      const inTime = (work: unknown) => Promise.race([work, late.promise]);
+      try {
+        await inTime(body());
+      } finally {
+        const ends = cleanups.splice(0).reverse().map((cleanup) => cleanup());
+        await inTime(Promise.all(ends)).finally(() => clearTimeout(timer));
+      }
+    },
+  });
+const test = testIf(true); // opens no socket
+const netTest = testIf(net); // needs the network
+const runTest = testIf(run); // starts the command
+const linuxTest = testIf(onLinux); // needs /dev/full, or script for a terminal
 /** A test of what only Deno has: permissions, shebang, `deno test` itself. */
-const denoTest = (name: string, body: () => unknown) =>
-  testIf(run && onDeno)(`${name} (Deno only)`, body);
+const denoTest = (name: string, body: () => unknown, allowed = run) =>
+  testIf(allowed && onDeno)(`${name} (Deno only)`, body);
 
 // ---- Ports ------------------------------------------------------------------
 
@@ -88,13 +84,12 @@ async function isFree(port: number): Promise<boolean> {
  * as long as this one runs. They lie below those that the system gives to
  * clients, and away from those that `fetch` refuses.
  */
-let [nextPort, endPort] = [0, 0];
-for (let port = 11_000; net && endPort === 0; port += 5000) {
-  if (port > 30_000) throw new Error("Four suites run already");
-  if (await listens(createServer(), port)) {
-    [nextPort, endPort] = [port + 1, port + 5000];
-  }
+let nextPort = 11_000;
+while (net && !await listens(createServer(), nextPort)) {
+  nextPort += 5000;
+  if (nextPort > 30_000) throw new Error("Four suites run already");
 }
+const endPort = nextPort++ + 5000;
 
 /** Finds n free ports in a row, which no other test has had. */
 async function freePorts(n: number): Promise<number> {
@@ -110,7 +105,7 @@ const portOf = (url: string) => Number(new URL(url).port);
 
 // ---- Servers and clients ----------------------------------------------------
 
-/** The app that the command would serve as handler i. */
+/** An app that says hello from handler i, or has faults. */
 const helloApp = (faults = "", i = 0) =>
   newApps(1)[0]!.all("*", withFaults(handler(i), faults));
 const helloApps = (n: number) =>
@@ -162,6 +157,12 @@ async function dial(port: number, bytes = "") {
   return { socket, ...answer };
 }
 
+/** Waits until somebody listens, or nobody does any more. */
+async function untilListening(port: number, expected = true) {
+  const listens = () => dial(port).then(() => true, () => false);
+  while (await listens() !== expected) await sleep(5);
+}
+
 /** The first lines of a request. */
 const request = (line: string, ...headers: string[]) =>
   [`${line} HTTP/1.1`, "host: localhost", ...headers, "\r\n"].join("\r\n");
@@ -181,42 +182,40 @@ function replace(object: object, members: Record<string, unknown>) {
   }
 }
 
-/** What stands in for one server of `Deno.serve`. */
-interface StandIn {
-  port: number;
-  fetch: (request: Request) => Response | Promise<Response>;
-  /** As a failed `accept` does. */
-  fail: (error: Error) => void;
-  /** Requests in flight, which `shutdown` waits for. */
-  inFlight: Promise<void>;
-  shutdowns: number;
+/** Stands in for one server of `Deno.serve`. */
+function standIn(
+  { hostname, port, onListen }: Required<Deno.ServeTcpOptions>,
+  fetch: App["fetch"],
+) {
+  const addr = { transport: "tcp", hostname, port: port || 40_000 } as const;
+  const ended = Promise.withResolvers<void>();
+  const server = {
+    fetch,
+    port: addr.port,
+    finished: ended.promise,
+    /** As a failed `accept` does. */
+    fail: ended.reject,
+    /** Requests in flight, which `shutdown` waits for. */
+    inFlight: Promise.resolve(),
+    shutdowns: 0,
+    async shutdown() {
+      server.shutdowns++;
+      await server.inFlight;
+      ended.resolve();
+    },
+  };
+  onListen(addr);
+  return server;
 }
+type StandIn = ReturnType<typeof standIn>;
 
 /** Replaces `Deno.serve`; `refuse` may throw instead of listening. */
 function standIns(refuse: (port: number) => void = () => {}): StandIn[] {
   const servers: StandIn[] = [];
-  function serve(
-    { hostname, port, onListen }: Required<Deno.ServeTcpOptions>,
-    fetch: StandIn["fetch"],
-  ) {
-    refuse(port);
-    const addr = { transport: "tcp", hostname, port: port || 40_000 } as const;
-    const ended = Promise.withResolvers<void>();
-    const server = {
-      port: addr.port,
-      fetch,
-      fail: ended.reject,
-      inFlight: Promise.resolve(),
-      shutdowns: 0,
-      finished: ended.promise,
-      async shutdown() {
-        server.shutdowns++;
-        await server.inFlight;
-        ended.resolve();
-      },
-    };
+  function serve(...args: Parameters<typeof standIn>) {
+    refuse(args[0].port);
+    const server = standIn(...args);
     servers.push(server);
-    onListen(addr);
     return server;
   }
   replace(Deno, { serve });
@@ -224,8 +223,8 @@ function standIns(refuse: (port: number) => void = () => {}): StandIn[] {
 }
 
 /** What a stand-in answers. */
-const ask = (server: StandIn, query: string) =>
-  server.fetch(new Request(`http://localhost/${query}`));
+const ask = (server: StandIn, path: string, init?: RequestInit) =>
+  server.fetch(new Request(`http://localhost/${path}`, init));
 
 /** An error as a system call gives it. */
 const systemError = (code: string, message = `told ${code}`) =>
@@ -265,21 +264,21 @@ function inProcess(args: string[], isTerminal = false) {
 
 // ---- Messages ---------------------------------------------------------------
 
-const whole = (name: string, min: number, max: number) => (got: unknown) =>
+const outOfRange = (name: string, min: number, max: number) => (got: unknown) =>
   `${name} must be a whole number from ${min} to ${max}, got "${got}"`;
-const portRange = whole("port, unless 0,", 1024, 65535);
-const fit = (most: number, servers: number, from: number) =>
+const badPort = outOfRange("port, unless 0,", 1024, 65535);
+const onlyFit = (most: number, servers: number, from: number) =>
   `only ${most} of "${servers}" servers fit on the ports from ${from} up`;
-const badName = (name: string) =>
+const badFault = (name: string) =>
   `faults are delay=<ms> and status=<code>[:<percent>], got "${name}"`;
 
 /** What the command says when servers cannot start. */
-const refused = (hostname: string, ...lines: string[]): Ended => {
+const notStarted = (hostname: string, ...lines: string[]): Ended => {
   const said = [`multiserv: No server started on "${hostname}"`, ...lines, ""];
   return { code: 1, stdout: "", stderr: said.join("\n") };
 };
 /** What it says of a command line that makes no sense. */
-const toldWrong = (message: string): Ended => (
+const usageError = (message: string): Ended => (
   { code: 2, stdout: "", stderr: `multiserv: ${message}\nTry --help\n` }
 );
 const allowIt = (host: string) => `Allow it: deno run --allow-net=${host}`;
@@ -299,31 +298,20 @@ async function assertAnswers(
 
 test("newApps makes n apps, each a router of its own", async () => {
   const apps = newApps(3);
-  apps[1]!.get("/only-here", (c) => c.text("here"));
-  const statuses = [];
-  for (const app of apps) {
-    statuses.push((await app.request("/only-here")).status);
-  }
-  assertEquals(statuses, [404, 200, 404]);
+  apps[1]!.get("/", handler(1));
+  // handler alone has no faults
+  const answers = apps.map(async (app) =>
+    (await app.request("/?delay=x")).status
+  );
+  assertEquals(await Promise.all(answers), [404, 200, 404]);
 });
 
 test("newApps refuses what is no number of servers", () => {
-  const range = whole("n", 1, 64512);
+  const range = outOfRange("n", 1, 64512);
   for (const n of [0, -1, 1.5, NaN, Infinity, 64513, 1e21, "3"]) {
     assertThrows(() => newApps(n as number), RangeError, range(n));
   }
   assertEquals(newApps(64512).length, 64512);
-});
-
-test("any method and path: 200, text/plain, the exact text", async () => {
-  const app = newApps(1)[0]!.all("*", handler(7));
-  const body = "hello from handler 7";
-  for (const path of ["/", "/a/b/", "//x", "/%ff", "/ü", "/?delay=x", "/*"]) {
-    for (const method of ["GET", "POST", "PUT", "DELETE", "OPTIONS", "FOO"]) {
-      await assertAnswers(app.request(path, { method }), 200, body);
-    }
-    await assertAnswers(app.request(path, { method: "HEAD" }), 200, "");
-  }
 });
 
 // ---- withFaults -------------------------------------------------------------
@@ -341,21 +329,17 @@ test("?status answers with that status, and the same body", async () => {
   await assertAnswers(helloApp().request("/?status=500", head), 500, "");
 });
 
-/** Faults, a query, and the statuses when chance draws 0, 0.0999, 0.1, 0.9999. */
-const shares: [faults: string, query: string, ...statuses: number[]][] = [
-  ["", "?status=503:10", 503, 503, 200, 200],
-  ["", "?status=503:0", 200, 200, 200, 200],
-  ["", "?status=503:100", 503, 503, 503, 503],
-  ["", "?status=503", 503, 503, 503, 503],
-  ["status=500:10", "", 500, 500, 200, 200],
-  ["status=500:10", "?delay=0", 500, 500, 200, 200],
-  ["status=500:10", "?status=501", 501, 501, 501, 501],
-  ["status=500&status=501:0", "", 500, 500, 500, 500],
-];
-
 test("?status=<code>:<percent> is a share of the answers", async () => {
-  for (const [faults, query, ...expected] of shares) {
-    const statuses = [];
+  for (
+    const [faults, query, expected] of [
+      ["", "?status=503:10", [503, 503, 200, 200]],
+      ["", "?status=503:0", [200, 200, 200, 200]],
+      ["", "?status=503:100", [503, 503, 503, 503]],
+      ["status=500:10", "?delay=0", [500, 500, 200, 200]],
+      ["status=500:10", "?status=501", [501, 501, 501, 501]],
+    ] as const
+  ) {
+    const statuses: number[] = [];
     for (const chance of [0, 0.0999, 0.1, 0.9999]) {
       replace(Math, { random: () => chance });
       statuses.push((await helloApp(faults).request(`/${query}`)).status);
@@ -365,52 +349,53 @@ test("?status=<code>:<percent> is a share of the answers", async () => {
 });
 
 test("?delay waits as long as it says, and wins over the default", async () => {
-  const order: string[] = [];
-  // Timers of one process fire in their order, however late they are.
-  const timers = [50, 150, 250, 350].map(async (ms) => {
-    await sleep(ms);
-    order.push(`${ms} ms`);
-  });
-  const faults = "delay=300&status=503";
+  const timers = [50, 150, 250, 350].map((ms) => sleep(ms, `${ms} ms`));
+  const app = helloApp("delay=300&status=503");
   const queries = ["/", "/?delay=100", "/?delay=0&status=200"];
-  const asked = queries.map(async (query) => {
-    const { status } = await helloApp(faults).request(query);
-    order.push(`${query} ${status}`);
+  const answers = queries.map(async (query) =>
+    (await app.request(query)).status
+  );
+  const order: unknown[] = [];
+  const happenings = [...timers, ...answers].map(async (happening) => {
+    order.push(await happening);
   });
-  await Promise.all([...timers, ...asked]);
-  const expected =
-    "/?delay=0&status=200 200, 50 ms, /?delay=100 503, 150 ms, 250 ms, / 503, 350 ms";
-  assertEquals(order, expected.split(", "));
+  await Promise.all(happenings);
+  // Timers of one process fire in their order, however late they are.
+  assertEquals(
+    order,
+    [200, "50 ms", 503, "150 ms", "250 ms", 503, "350 ms"],
+  );
 });
 
-const delayRange = whole("delay", 0, 60_000);
-const statusRange = whole("status", 200, 599);
-const percentRange = whole("percent of status", 0, 100);
-const nines = "9".repeat(40);
+const badDelay = outOfRange("delay", 0, 60_000);
+const badStatus = outOfRange("status", 200, 599);
+const badPercent = outOfRange("percent of status", 0, 100);
 
-/** Faults that make no sense, and what was expected. */
-const nonsense: Record<string, string> = {
-  "delay": delayRange(""),
-  "delay=60000&status=1": statusRange("1"),
-  [`delay=${"9".repeat(12_000)}`]: delayRange(`${nines}…`),
-};
-for (const got of ["", "x", "-1", "1.5", "1e3", "0x10", " 1", "60001"]) {
-  nonsense[`delay=${encodeURIComponent(got)}`] = delayRange(got);
-}
-for (const got of ["", "x", "20", "199", "600", "2e2", "-200", "200.0"]) {
-  nonsense[`status=${got}`] = statusRange(got);
-}
-for (const got of ["", "x", "101", "-1", "0.5", "10:5"]) {
-  nonsense[`status=503:${got}`] = percentRange(got);
-}
+/** Inputs that make no sense, and what is said of them. */
+type Wrong = [input: string, message: string][];
+
+/** Inputs that begin alike; the message shows the rest. */
+const each = (
+  start: string,
+  message: (got: string) => string,
+  ...rests: string[]
+): Wrong => rests.map((got) => [start + got, message(got)]);
+
+const nonsense: Wrong = [
+  ["delay=60000&status=1", badStatus("1")],
+  ["delay=+1", badDelay(" 1")],
+  ...each("delay=", badDelay, "", "x", "-1", "1.5", "1e3", "0x10", "60001"),
+  ...each("status=", badStatus, "", "x", "20", "199", "600", "2e2", "200.0"),
+  ...each("status=503:", badPercent, "", "x", "101", "-1", "0.5", "10:5"),
+];
 
 test("nonsense: 400 to a request, a RangeError from withFaults", async () => {
-  for (const [faults, message] of Object.entries(nonsense)) {
+  for (const [faults, message] of nonsense) {
     await assertAnswers(helloApp().request(`/?${faults}`), 400, message);
     assertThrows(() => helloApp(faults), RangeError, message);
   }
   const misspelt = "delay=1&status=200&dealy=200";
-  assertThrows(() => helloApp(misspelt), RangeError, badName("dealy"));
+  assertThrows(() => helloApp(misspelt), RangeError, badFault("dealy"));
 });
 
 test("withFaults takes any handler, and keeps what it answers", async () => {
@@ -440,7 +425,10 @@ test("withFaults discards a body that nobody reads, and no other", async () => {
   app!.post("/read", withFaults(async (c) => c.text(await c.req.text())));
   app!.post("/echo", withFaults((c) => new Response(c.req.raw.body)));
   for (const path of ["/read", "/echo"]) {
-    assertEquals(await (await app!.request(path, sent)).text(), "sent");
+    const body = new Blob(["sent"]).stream();
+    const streamed = { method: "POST", body, duplex: "half" };
+    const response = await app!.request(path, streamed);
+    assertEquals(await response.text(), "sent");
   }
   // One that somebody holds on to cannot be discarded, which is no error.
   app!.post("/", withFaults((c) => c.text(`${c.req.raw.body!.getReader()}`)));
@@ -448,14 +436,14 @@ test("withFaults discards a body that nobody reads, and no other", async () => {
 });
 
 test("only a delay looks whether the client has left", async () => {
-  const leaving = new AbortController();
   for (const query of ["", "?status=503", "?delay=0", "?delay=x"]) {
     const request = new Request(`http://localhost/${query}`);
-    // Deno prints a note when this is first read.
-    const signal = { get: () => assert(false, query) };
-    Object.defineProperty(request, "signal", signal);
+    let looked = false; // Deno prints a note at the first time
+    Object.defineProperty(request, "signal", { get: () => looked = true });
     await helloApp().fetch(request);
+    assertEquals(looked, false, query);
   }
+  const leaving = new AbortController();
   const answer = helloApp().request("/?delay=60000", leaving);
   leaving.abort();
   assertEquals((await answer).status, 200);
@@ -464,32 +452,30 @@ test("only a delay looks whether the client has left", async () => {
 // ---- serveAll: what it refuses ----------------------------------------------
 
 test("serveAll refuses bad ports and more apps than ports", async () => {
+  standIns();
   const refuses = (n: number, port: unknown, message: string) => {
     const starting = () => serveAll(helloApps(n), { port: port as number });
     return assertRejects(starting, RangeError, message);
   };
   for (const port of [80, 1023, 65536, -1, 1024.5, NaN, "5000"]) {
-    await refuses(1, port, portRange(port));
+    await refuses(1, port, badPort(port));
   }
-  await refuses(2, 65535, fit(1, 2, 65535));
-  await refuses(5537, 60000, fit(5536, 5537, 60000));
-  await refuses(0, 5000, whole("number of servers", 1, 64512)(0));
+  await refuses(2, 65535, onlyFit(1, 2, 65535));
+  await refuses(5537, 60000, onlyFit(5536, 5537, 60000));
+  await refuses(0, 5000, outOfRange("number of servers", 1, 64512)(0));
 });
 
-netTest(
-  "a taken port: an AggregateError, nothing left listening",
-  async () => {
-    const port = await freePorts(4);
-    await serving(newApps(1), { port: port + 2 });
-    const starting = () => serveAll(newApps(4), { port });
-    const { message, errors } = await assertRejects(starting, AggregateError);
-    assertEquals(message, 'No server started on "127.0.0.1"');
-    assertEquals(errors.length, 1);
-    assertEquals(errors[0].message, `port ${port + 2} is already in use`);
-    assertEquals(errors[0].cause.code, "EADDRINUSE");
-    for (const i of [0, 1, 3]) assert(await isFree(port + i));
-  },
-);
+netTest("a taken port: one error, nothing left listening", async () => {
+  const port = await freePorts(4);
+  await serving(newApps(1), { port: port + 2 });
+  const starting = () => serving(newApps(4), { port });
+  const { message, errors } = await assertRejects(starting, AggregateError);
+  assertEquals(message, 'No server started on "127.0.0.1"');
+  assertEquals(errors.length, 1);
+  assertEquals(errors[0].message, `port ${port + 2} is already in use`);
+  assertEquals(errors[0].cause.code, "EADDRINUSE");
+  for (const i of [0, 1, 3]) assert(await isFree(port + i));
+});
 
 netTest("an empty hostname does not mean all addresses", async () => {
   const starting = () => serving(newApps(1), { port: 0, hostname: "" });
@@ -498,25 +484,16 @@ netTest("an empty hostname does not mean all addresses", async () => {
 
 // ---- serveAll: what it serves -----------------------------------------------
 
-test("the first port is 1024 unless told otherwise", async () => {
-  standIns();
-  const { urls } = await serveAll(newApps(2));
-  assertEquals(urls, ["http://127.0.0.1:1024", "http://127.0.0.1:1025"]);
+netTest("app i listens on port + i, or each on a free port", async () => {
+  const port = await freePorts(3);
+  const { urls } = await serving(helloApps(3), { port });
+  assertEquals(urls, [0, 1, 2].map((i) => urlOf(port + i)));
+  await Promise.all(urls.map(assertHello));
+
+  const free = (await serving(helloApps(5))).urls;
+  assertEquals(new Set(free).size, 5);
+  await Promise.all(free.map(assertHello));
 });
-
-netTest(
-  "app i listens on port + i, or every app on a free port",
-  async () => {
-    const port = await freePorts(3);
-    const { urls } = await serving(helloApps(3), { port });
-    assertEquals(urls, [0, 1, 2].map((i) => urlOf(port + i)));
-    await Promise.all(urls.map(assertHello));
-
-    const free = (await serving(helloApps(5))).urls;
-    assertEquals(new Set(free).size, 5);
-    await Promise.all(free.map(assertHello));
-  },
-);
 
 netTest("IPv6 and names, where the machine knows them", async () => {
   for (const hostname of ["::1", "[::1]", "localhost"]) {
@@ -537,33 +514,24 @@ netTest("what goes over the wire", async () => {
   const ask = async (bytes: string) => {
     const { closed, all } = await dial(port, bytes);
     await closed;
-    return all().split("\r\n\r\n") as [head: string, body: string];
+    return all();
   };
-  const lines: [line: string, status: number, greets: boolean][] = [
-    ["GET /", 200, true],
-    ["DELETE /", 200, true],
-    ["OPTIONS /", 200, true],
-    ["PROPFIND /", 200, true],
-    ["HEAD /", 200, false],
-    ["GET /?status=503", 503, true],
-    ["GET /?status=599", 599, true],
-    ["GET /?status=204", 204, false],
+  const close = "connection: close";
+  const exchanges: [bytes: string, status: number, greets: boolean][] = [
+    [request("PROPFIND /", close), 200, true],
+    [request("HEAD /", close), 200, false],
+    [request("GET /?status=599", close), 599, true],
+    [request("GET /?status=204", close), 204, false],
+    // Old clients do not say which host they mean.
+    ["GET / HTTP/1.0\r\n\r\n", 200, true],
+    [`GET / HTTP/1.1\r\n${close}\r\n\r\n`, 200, true],
   ];
-  for (const [line, status, greets] of lines) {
-    const [head, body] = await ask(request(line, "connection: close"));
-    assertMatch(head, RegExp(`^HTTP/1.1 ${status} `));
-    assertEquals(body.includes("hello from handler 0"), greets, line);
-    if (!greets || status !== 200) continue;
-    assertMatch(head, /^content-type: text\/plain;/im);
-    assertMatch(head, /^content-length: 20\r?$/im);
+  for (const [bytes, status, greets] of exchanges) {
+    const answer = await ask(bytes);
+    assertMatch(answer, RegExp(`^HTTP/1.[01] ${status} `));
+    assertEquals(answer.includes("hello from handler 0"), greets, bytes);
   }
-  // Old clients do not say which host they mean.
-  for (const version of ["1.0", "1.1\r\nconnection: close"]) {
-    const [head] = await ask(`GET / HTTP/${version}\r\n\r\n`);
-    assertStringIncludes(head, " 200 OK");
-  }
-  const [, tunnel] = await ask(request("CONNECT a:1", "connection: close"));
-  assert(!tunnel?.includes("hello"));
+  assert(!(await ask(request("CONNECT a:1", close))).includes("hello"));
 });
 
 netTest("serves whatever has a fetch, and tells it who asks", async () => {
@@ -595,21 +563,12 @@ netTest("a client that stops sending has left: no delay goes on", async () => {
 });
 
 netTest("uploads nobody reads: answered, on the same connection", async () => {
-  const size = 3_000_000;
   const { port } = await serving(helloApps(1));
   const { socket, until } = await dial(port);
   for (const n of [1, 2, 3]) {
-    socket.write(post(size));
+    socket.write(post(3_000_000));
     await until("hello", n);
   }
-  // A slow one: it goes on long after the answer.
-  socket.write(post(size, 0));
-  for (let sent = 0; sent < size; sent += size / 10) {
-    socket.write("x".repeat(size / 10));
-    await sleep(100);
-  }
-  socket.write(post(10));
-  await until("hello", 5);
 });
 
 // ---- serveAll: how it stops -------------------------------------------------
@@ -624,13 +583,14 @@ netTest("shutdown answers what is in flight and lets nobody in", async () => {
     return c.text("at last");
   });
   const servers = await serving(apps, { port: await freePorts(2) });
+  after(release.resolve);
   const done: string[] = [];
   const finished = servers.finished.then(() => done.push("finished"));
   const answer = get(servers.url);
   await arrived.promise;
   const stopping = servers.shutdown().then(() => done.push("shutdown"));
   const again = servers.shutdown();
-  for (const i of [0, 1]) await assertRejects(() => dial(servers.port + i));
+  for (const i of [0, 1]) await untilListening(servers.port + i, false);
   assertEquals(done, []);
   release.resolve();
   assertEquals(await answer, "at last");
@@ -651,26 +611,26 @@ netTest("silent and kept-alive connections hold up no end", async () => {
 // ---- A server that cannot accept --------------------------------------------
 
 test("a server that fails to accept listens again, as it was", async () => {
-  let refusal: Error | undefined;
+  let attempts = 0;
   const started = standIns(() => {
-    if (refusal) throw refusal;
+    if (++attempts === 3) throw systemError("EMFILE"); // not at once, either
   });
-  const servers = await serveAll(helloApps(2), { port: 0 });
   const untilStarted = async (n: number) => {
     while (started.length < n) await sleep(5);
   };
+  const servers = await serving(helloApps(2));
   const inFlight = Promise.withResolvers<void>();
+  after(inFlight.resolve);
   started[0]!.inFlight = inFlight.promise;
-  refusal = systemError("EMFILE"); // nor can it listen again at once
   started[0]!.fail(systemError("ECONNABORTED"));
-  await sleep(250);
-  refusal = undefined;
+  await sleep(50);
+  assertEquals(attempts, 2); // it waits before it tries
   await untilStarted(3);
   started[2]!.fail(systemError("EMFILE")); // it may fail more than once
   await untilStarted(4);
   assertEquals(started[3]!.port, 40_000); // not 0, which was asked for
   await assertAnswers(ask(started[3]!, ""), 200, "hello from handler 0");
-  assertEquals(started[1]!.shutdowns, 0);
+  assertEquals([attempts, started[1]!.shutdowns], [5, 0]);
 
   // What the first had accepted is answered before all has ended.
   const done: string[] = [];
@@ -687,72 +647,82 @@ test("a server that fails to accept listens again, as it was", async () => {
 
 test("shutdown while it waits to listen again", async () => {
   const started = standIns();
-  const servers = await serveAll(helloApps(2));
+  const { urls, finished, shutdown } = await serveAll(helloApps(2));
+  assertEquals(urls, ["http://127.0.0.1:1024", "http://127.0.0.1:1025"]);
   started[0]!.fail(systemError("EMFILE"));
-  await sleep(1);
-  await servers.shutdown();
-  await servers.finished;
+  await sleep(1); // so that it waits
+  await shutdown();
+  await finished;
   assertEquals(started.length, 2);
 });
 
 // ---- The command line: what it refuses --------------------------------------
 
-const nRange = whole("n", 1, 64512);
+const badN = outOfRange("n", 1, 64512);
 const noOption = (got: string) => `unknown option "${got}"`;
 const noValue = (got: string) => `this option takes no value: "${got}"`;
 const needsValue = (option: string) => `--${option} needs a value`;
 
-/** Wrong command lines, and what they are told. */
-const wrong: Record<string, string> = {
-  "-v": "n is missing",
-  "-p 5000": "n is missing",
-  "--": "n is missing",
-  "-- -3": nRange("-3"),
-  "--_": nRange(""),
-  "3 4": 'one n is enough, got "3 4"',
-  "3 ": 'one n is enough, got "3 "',
-  "--_=x 3": 'one n is enough, got "x 3"',
-  "3 -p": needsValue("port"),
-  "3 --port": needsValue("port"),
-  "3 --port=": needsValue("port"),
-  "3 -p -v": needsValue("port"),
-  "3 -f": needsValue("first"),
-  "3 -H": needsValue("hostname"),
-  "3 -H ": needsValue("hostname"),
-  "3 --hostname=": needsValue("hostname"),
-  "3 --faults": needsValue("faults"),
-  "2 -p 65535": fit(1, 2, 65535),
-  "536 -p 60000 -f 5001": fit(535, 536, 65001),
-  "3 -p 65000 -f 536": whole("first", 0, 535)("536"),
-  "64513 -p 0": nRange("64513"),
-  "3\n4": nRange("3\\n4"),
-  [nines]: nRange(nines),
-  [`${nines}9`]: nRange(`${nines}…`),
-  ["😀".repeat(41)]: nRange("😀".repeat(40) + "…"),
-  "3 --faults delay=-1": delayRange("-1"),
-  "3 --faults status=503:101": percentRange("101"),
-  "3 --faults dealy=1": badName("dealy"),
-};
-const wrongWords: [before: string, (got: string) => string, string[]][] = [
-  ["", nRange, ["", "-", "abc", "3.5", "3.0", "1e3", "0x10", "0", "00", "+3"]],
-  ["", nRange, ["٣", "1_000", "Infinity", "64513"]],
-  ["3 --port=", portRange, ["80", "1023", "65536", "-1", "x", "1e4", "00"]],
-  ["3 --first=", whole("first", 0, 64511), ["x", "-1", "64512"]],
-  ["3 ", noOption, ["-3", "-x", "--prot", "--prot=5", "--no-verbose"]],
-  ["3 ", noValue, ["-v3", "-v=1", "--verbose=1", "--help=no", "-vp80"]],
+const nines = "9".repeat(40);
+
+/** Wrong command lines, split at spaces. */
+const wrong: Wrong = [
+  ["-v", "n is missing"],
+  ["--", "n is missing"],
+  ["-- -3", badN("-3")],
+  ["--_", badN("")],
+  ["3 4", 'one n is enough, got "3 4"'],
+  ["3 ", 'one n is enough, got "3 "'],
+  ["--_=x 3", 'one n is enough, got "x 3"'],
+  ["3 -p -v", needsValue("port")],
+  ["3 -H ", needsValue("hostname")],
+  ["2 -p 65535", onlyFit(1, 2, 65535)],
+  ["536 -p 60000 -f 5001", onlyFit(535, 536, 65001)],
+  ["3 -p 65000 -f 536", outOfRange("first", 0, 535)("536")],
+  ["64513 -p 0", badN("64513")],
+  ["3 -p 0 -f 64512", outOfRange("first", 0, 64511)("64512")],
+  ["3\n4", badN("3\\n4")],
+  [nines, badN(nines)],
+  [`${nines}9`, badN(`${nines}…`)],
+  ["😀".repeat(41), badN("😀".repeat(40) + "…")],
+  ["3 --faults delay=-1", badDelay("-1")],
+  ["3 --faults dealy=1", badFault("dealy")],
+  ...each("", badN, "", "-", "abc", "3.5", "3.0", "1e3", "0x10", "0", "00"),
+  ...each("", badN, "+3", "٣", "1_000", "Infinity", "64513"),
+  ...each("3 --port=", badPort, "80", "1023", "65536", "-1", "x", "00"),
+  ...each("3 --first=", outOfRange("first", 0, 64511), "x", "-1", "64512"),
+  ...each(
+    "3 ",
+    noOption,
+    "-3",
+    "-x",
+    "--prot",
+    "--prot=5",
+    "--no-verbose",
+  ),
+  ...each(
+    "3 ",
+    noValue,
+    "-v3",
+    "-v=1",
+    "--verbose=1",
+    "--help=no",
+    "-vp80",
+  ),
 ];
-for (const [before, told, words] of wrongWords) {
-  for (const got of words) wrong[before + got] = told(got);
+for (const name of ["port", "first", "hostname", "faults"]) {
+  wrong.push([`3 --${name}`, needsValue(name)]);
+  wrong.push([`3 --${name}=`, needsValue(name)]);
 }
 
 test("wrong command lines: what is wrong, exit 2", async () => {
   standIns();
-  for (const [line, message] of Object.entries(wrong)) {
+  for (const [line, message] of wrong) {
     const { ended } = inProcess(line.split(" "));
-    assertEquals(await ended, toldWrong(message), line);
+    assertEquals(await ended, usageError(message), line);
   }
   for (const got of [" 3", "3 "]) {
-    assertEquals(await inProcess([got]).ended, toldWrong(nRange(got)));
+    assertEquals(await inProcess([got]).ended, usageError(badN(got)));
   }
 });
 
@@ -768,7 +738,7 @@ test("no argument at all: n is missing, and the usage", async () => {
   }
 });
 
-test("a fault of the program itself is not called one of its user", async () => {
+test("a fault of the program is not called its user's", async () => {
   const noArray = null as unknown as string[];
   await assertRejects(() => inProcess(noArray).ended, TypeError);
 });
@@ -798,17 +768,21 @@ test("every way the machine can refuse has its words", async () => {
       throw systemError(code, "EADDRINUSE too many open files");
     });
     const { ended } = inProcess(["1"]);
-    assertEquals(await ended, refused("127.0.0.1", told));
+    assertEquals(await ended, notStarted("127.0.0.1", told));
   }
   standIns(() => {
     throw Object.assign(new Error("no"), { name: "NotCapable" });
   });
-  const told = refused("::1", "port 1024: no network access", allowIt("[::1]"));
+  const told = notStarted(
+    "::1",
+    "port 1024: no network access",
+    allowIt("[::1]"),
+  );
   assertEquals(await inProcess(["1", "-H", "::1"]).ended, told);
 });
 
-test("many errors: five of them, how many more, the last one's hint", async () => {
-  for (const n of [5, 6, 8]) {
+test("many errors: five, how many more, the last one's hint", async () => {
+  for (const n of [5, 7]) {
     const last = 1024 + n - 1;
     standIns((port) => {
       throw systemError(port === last ? "EMFILE" : "EADDRINUSE");
@@ -819,26 +793,23 @@ test("many errors: five of them, how many more, the last one's hint", async () =
     if (n > 5) lines.push(`… and ${n - 5} more`);
     lines.push("Raise ulimit -n or start fewer");
     const { ended } = inProcess([`${n}`]);
-    assertEquals(await ended, refused("127.0.0.1", ...lines));
+    assertEquals(await ended, notStarted("127.0.0.1", ...lines));
   }
 });
 
 netTest("hosts that this machine does not have, or nobody knows", async () => {
-  const port = await freePorts(2);
-  const say = (hostname: string) =>
-    inProcess(["2", "-p", `${port}`, "-H", hostname]).ended;
-  for (const hostname of ["192.0.2.1", "ff02::1"]) {
-    const lines = [port, port + 1]
-      .map((port) => `port ${port}: address not on this machine`);
-    const told = refused(hostname, ...lines, "Try another --hostname");
-    assertEquals(await say(hostname), told);
-  }
-  const unknown = ["no-such-host.invalid", "too-many-open-files.invalid"];
-  unknown.push("EADDRINUSE.invalid", "a b", "x:y", "[x]", "[127.0.0.1]");
-  for (const hostname of [...unknown, "a".repeat(300)]) {
-    const quoted = hostname.replace(/(?<=a{40}).*/, "…");
-    const lines = ["unknown host name", "Try another --hostname"];
-    assertEquals(await say(hostname), refused(quoted, ...lines));
+  const port = await freePorts(1);
+  const notHere = `port ${port}: address not on this machine`;
+  const says: [reason: string, hostnames: string[]][] = [
+    [notHere, ["192.0.2.1", "ff02::1"]],
+    ["unknown host name", ["no-such-host.invalid", "a b", "x:y", "[x]"]],
+  ];
+  for (const [reason, hostnames] of says) {
+    for (const hostname of hostnames) {
+      const told = notStarted(hostname, reason, "Try another --hostname");
+      const { ended } = inProcess(["1", "-p", `${port}`, "-H", hostname]);
+      assertEquals(await ended, told);
+    }
   }
 });
 
@@ -849,38 +820,56 @@ const ready = (urls: string[], first = 0) =>
   urls.map((url, k) => `handler ${first + k} listening on ${url}\n`).join("");
 
 /** Runs a command line in this process, resolves once its servers listen. */
-async function listening(line: string, isTerminal?: boolean) {
+async function readyInProcess(line: string, isTerminal?: boolean) {
   const servers = standIns();
   const command = inProcess(line.split(" "), isTerminal);
-  await command.stdout.until("listening");
+  const failed = command.ended.then(({ stderr }) => {
+    throw new Error(stderr);
+  });
+  await Promise.race([command.stdout.until("listening"), failed]);
   return { servers, server: servers[0]!, ...command };
 }
 
+const hint = "Press Ctrl+C to stop\n";
+
 test("handler i listens on port + i", async () => {
-  for (
-    const [line, first, ...urls] of [
-      ["2", 0, "http://127.0.0.1:1024", "http://127.0.0.1:1025"],
-      ["-v 1 --port=5000", 0, "http://127.0.0.1:5000"],
-      ["1 -p 5000 --first 3", 3, "http://127.0.0.1:5003"],
-      ["1 -p 65000 -f 535", 535, "http://127.0.0.1:65535"],
-      ["1 -p0 -f64511", 64511, "http://127.0.0.1:40000"],
-      ["1 -H ::1", 0, "http://[::1]:1024"],
-      ["1 --hostname=[::1]", 0, "http://[::1]:1024"],
-    ] as [line: string, first: number, ...urls: string[]][]
-  ) {
-    const { servers, press, ended } = await listening(line);
+  const lines: [line: string, first: number, ...urls: string[]][] = [
+    ["2", 0, "http://127.0.0.1:1024", "http://127.0.0.1:1025"],
+    ["1 -p 5000 --first=3", 3, "http://127.0.0.1:5003"],
+    ["1 -p 65000 -f 535", 535, "http://127.0.0.1:65535"],
+    ["1 -p0 -f64511", 64511, "http://127.0.0.1:40000"],
+    ["1 --hostname ::1", 0, "http://[::1]:1024"],
+  ];
+  for (const [line, first, ...urls] of lines) {
+    const { servers, press, stderr, ended } = await readyInProcess(line, true);
+    await stderr.until(hint);
     for (const [k, server] of servers.entries()) {
       const body = `hello from handler ${first + k}`;
       await assertAnswers(ask(server, "a"), 200, body);
     }
     press("SIGTERM");
-    const { code, stdout } = await ended;
-    assertEquals([code, stdout], [0, ready(urls, first)]);
+    const stdout = ready(urls, first);
+    assertEquals(await ended, { code: 0, stdout, stderr: hint });
   }
 });
 
+test("any method and path: 200, text/plain, the exact text", async () => {
+  const { server, press, ended } = await readyInProcess("1 -f 7");
+  const body = "hello from handler 7";
+  for (const path of ["", "a/b/", "/x", "%ff", "ü", "?other=x", "*"]) {
+    for (const method of ["GET", "POST", "PUT", "DELETE", "OPTIONS", "FOO"]) {
+      await assertAnswers(ask(server, path, { method }), 200, body);
+    }
+    await assertAnswers(ask(server, path, { method: "HEAD" }), 200, "");
+  }
+  press("SIGTERM");
+  await ended;
+});
+
 test("--faults holds for requests that do not ask", async () => {
-  const { server, press, ended } = await listening("1 --faults status=503");
+  const { server, press, ended } = await readyInProcess(
+    "1 --faults status=503",
+  );
   await assertAnswers(ask(server, ""), 503, "hello from handler 0");
   await assertAnswers(ask(server, "?status=200"), 200, "hello from handler 0");
   press("SIGINT");
@@ -894,40 +883,37 @@ test("a second signal ends it at once, also while it starts", async () => {
     press("SIGINT"); // nothing has been awaited yet
     press(signal);
     assertEquals(exits, [code]);
-    assertEquals((await ended).code, 0); // where exit() were not to end it
+    assertEquals((await ended).code, 0); // exit() did nothing
   }
 });
 
 test("on a terminal: how to stop, and why it takes a while", async () => {
   const inFlight = Promise.withResolvers<void>();
-  const command = await listening("1", true);
+  const command = await readyInProcess("1", true);
   const { server, stderr, press, ended } = command;
-  await stderr.until("Press Ctrl+C to stop\n");
+  await stderr.until(hint);
   server.inFlight = inFlight.promise;
   press("SIGINT");
   const notice = "Answering requests in flight; Ctrl+C again stops now\n";
   await stderr.until(notice);
   inFlight.resolve();
-  assertEquals((await ended).stderr, `Press Ctrl+C to stop\n${notice}`);
+  assertEquals((await ended).stderr, `${hint}${notice}`);
 });
 
 test("a port that is lost later: the rest stops, exit 1 and why", async () => {
-  const { servers, ended } = await listening("2");
+  const { servers, ended } = await readyInProcess("2");
   standIns(() => {
     throw systemError("EADDRINUSE");
   });
   servers[1]!.fail(systemError("EMFILE"));
-  assertEquals(await ended, {
-    code: 1,
-    stdout: ready(["http://127.0.0.1:1024", "http://127.0.0.1:1025"]),
-    stderr: "multiserv: All servers stopped\nport 1025 is already in use\n" +
-      "Try another --port\n",
-  });
-  assertEquals(servers[0]!.shutdowns, 1);
+  const { code, stderr } = await ended;
+  const why = "port 1025 is already in use\nTry another --port\n";
+  assertEquals(stderr, `multiserv: All servers stopped\n${why}`);
+  assertEquals([code, servers[0]!.shutdowns], [1, 1]);
 });
 
-test("--verbose: path and query only, so that no client forges a line", async () => {
-  const { servers, press, ended } = await listening("2 -v --first 7");
+test("--verbose: path and query only, so nobody forges a line", async () => {
+  const { servers, press, ended } = await readyInProcess("-v 2 --first 7");
   const requests = {
     "http://localhost/a?status=404": "/a?status=404 404",
     "http://b/c": "/c 200",
@@ -953,7 +939,7 @@ test("--verbose: path and query only, so that no client forges a line", async ()
 });
 
 test("of a log that nobody reads it keeps a thousand lines", async () => {
-  const { server, press, ended } = await listening("1 -v");
+  const { server, press, ended } = await readyInProcess("1 -v");
   const reading = Promise.withResolvers<void>();
   let lines = 0;
   const write = () => reading.promise.then(() => void lines++);
@@ -995,7 +981,7 @@ function launch(words: string[], stdin?: string) {
 }
 
 /** Starts a command that serves n ports, waits for its ready lines. */
-async function running(n: number, words: string[]) {
+async function startReady(n: number, words: string[]) {
   const { kill, stdout, stderr, ended } = start(...words);
   await stdout.until("\n", n).catch(() => {});
   const urls = stdout.all().match(/http:\S+(?=\n)/g) ?? [];
@@ -1006,44 +992,26 @@ async function running(n: number, words: string[]) {
 /** The words that run `multiserv` with these arguments. */
 const multiserv = (...args: string[]) => [...command, ...args];
 
-/** The same with so many open files allowed. */
-const withFiles = (files: number, ...args: string[]) => {
-  const line = `ulimit -n ${files} && exec "$@"`;
-  return ["sh", "-c", line, "sh", ...command, ...args];
-};
-
-/** Waits until somebody listens, or nobody does any more. */
-async function untilListening(port: number, expected = true) {
-  for (let listening = !expected; listening !== expected;) {
-    const connection = await dial(port).catch(() => undefined);
-    connection?.socket.destroy();
-    listening = connection !== undefined;
-  }
+/** The same from a shell, in which it is `"$@"`. */
+function inShell(line: string, ...args: string[]) {
+  return ["sh", "-c", line, "sh", ...multiserv(...args)];
 }
 
 runTest("a handful of wrong command lines, for real", async () => {
-  for (const line of ["abc", "3 -p", "3 -v3", "2 -p 65535", "3 -x"]) {
+  for (const [line, message] of wrong.filter((_, k) => k % 10 === 0)) {
     const ended = await launch(multiserv(...line.split(" ")));
-    assertEquals(ended, toldWrong(wrong[line]!));
+    assertEquals(ended, usageError(message));
   }
 });
 
-runTest("SIGTERM under load loses no request it has accepted", async () => {
-  const n = 100;
-  const words = multiserv(`${n}`, "-p", "0");
-  const { kill, urls, ended } = await running(n, words);
-  const slow = urls.map((url) => dial(portOf(url), request("GET /?delay=300")));
-  await Promise.all(slow);
-  let reached = 0;
-  await Promise.all(urls.map(async (url, i) => {
-    for (let answer = await get(url); answer !== "refused";) {
-      assertEquals(answer, `hello from handler ${i}`);
-      // Every server has answered once, so the slow requests have arrived.
-      if (++reached === n) kill("SIGTERM");
-      answer = await get(url).catch(() => "refused");
-    }
-  }));
-  for (const [i, { closed, all }] of (await Promise.all(slow)).entries()) {
+runTest("SIGTERM answers what is in flight on every server", async () => {
+  const { kill, urls, ended } = await startReady(100, multiserv("100", "-p0"));
+  const slow = await Promise.all(
+    urls.map((url) => dial(portOf(url), request("GET /?delay=1000"))),
+  );
+  await Promise.all(urls.map(assertHello)); // so the slow ones have arrived
+  kill("SIGTERM");
+  for (const [i, { closed, all }] of slow.entries()) {
     await closed;
     assert(all().endsWith(`\r\n\r\nhello from handler ${i}`), all());
   }
@@ -1052,26 +1020,23 @@ runTest("SIGTERM under load loses no request it has accepted", async () => {
 
 runTest("too many open files names ulimit -n", async () => {
   const port = await freePorts(200);
-  const ended = await launch(withFiles(100, "200", "-p", `${port}`));
+  const words = inShell('ulimit -n 100; exec "$@"', "200", "-p", `${port}`);
+  const ended = await launch(words);
   assertEquals([ended.code, ended.stdout], [1, ""]);
-  const line = "port \\d+: too many open files\n";
-  assertMatch(
-    ended.stderr,
-    RegExp(
-      `^.*\n(${line}){5}… and \\d+ more\nRaise ulimit -n or start fewer\n$`,
-    ),
-  );
+  const list = "(port \\d+: too many open files\n){5}… and \\d+ more\n";
+  const hint = "Raise ulimit -n or start fewer\n";
+  assertMatch(ended.stderr, RegExp(`^multiserv: .*\n${list}${hint}$`));
 });
 
 runTest("more clients than open files: it answers when they go", async () => {
-  const words = withFiles(64, "5", "-p", "0");
-  const { kill, urls, ended } = await running(5, words);
+  const words = inShell('ulimit -n 64; exec "$@"', "5", "-p", "0");
+  const { kill, urls, ended } = await startReady(5, words);
   const crowd = Array.from(
     { length: 100 },
     (_, k) => connect(portOf(urls[k % 5]!), "127.0.0.1").resume(),
   );
-  const refused = crowd.map((client) => once(client, "close").catch(() => {}));
-  await Promise.race(refused); // or hung up on
+  const hungUp = crowd.map((client) => once(client, "close").catch(() => {}));
+  await Promise.race(hungUp); // some are refused, or hung up on
   for (const client of crowd) client.destroy();
   for (const [i, url] of urls.entries()) {
     let answer: string | undefined;
@@ -1084,19 +1049,21 @@ runTest("more clients than open files: it answers when they go", async () => {
 });
 
 linuxTest("output that cannot be written changes nothing", async () => {
+  const help = await launch(inShell('exec "$@" >/dev/full', "--help"));
+  assertEquals(help, { code: 0, stdout: "", stderr: "" });
   for (const spoil of [">/dev/full 2>&1", ">&- 2>&-", "destroy", "pause"]) {
     const n = spoil === "pause" ? 1500 : 1; // more lines than a pipe holds
     const port = await freePorts(n);
-    const words = multiserv(`${n}`, "-v", "-p", `${port}`);
     const line = `exec "$@" ${spoil.includes(">") ? spoil : ""}`;
-    const { child, kill, ended } = start("sh", "-c", line, "sh", ...words);
+    const words = inShell(line, `${n}`, "-v", "-p", `${port}`);
+    const { child, kill, ended } = start(...words);
     const outputs = [child.stdout, child.stderr];
     if (spoil === "destroy" || spoil === "pause") {
       for (const output of outputs) output[spoil]();
     }
     await untilListening(port + n - 1);
     const { socket, until } = await dial(port);
-    for (let k = 1; k <= 100; k++) { // as above, 800 KB
+    for (let k = 1; k <= 100; k++) { // 800 KB of log, too
       socket.write(request(`GET /${"x".repeat(8000)}`));
       await until("hello", k);
     }
@@ -1115,21 +1082,13 @@ function onTerminal(words: string[]) {
   const started = start("script", "-qec", `exec ${line}`, "/dev/null");
   const { child, stdout: { until }, ended } = started;
   const type = (keys: string) => child.stdin.write(keys);
-  /** Answers Deno's question, which drops what it is told too early. */
-  async function answer(keys: string, reply: string) {
-    await until("Allow?");
-    const typing = setInterval(type, 200, keys);
-    after(() => clearInterval(typing));
-    await until(reply);
-    clearInterval(typing);
-  }
-  return { until, type, answer, ended };
+  return { until, type, ended };
 }
 
 // ---- Only Deno --------------------------------------------------------------
 
+const denoRun = (...args: string[]) => [runtime, "run", ...args];
 const question = "Deno requests";
-const bare = (...args: string[]) => [runtime, "run", ...args];
 
 denoTest("asks for the network once, for all ports", async () => {
   const port = await freePorts(3);
@@ -1140,9 +1099,11 @@ denoTest("asks for the network once, for all ports", async () => {
       ["\x03", "^C", 130],
     ] as const
   ) {
-    const words = bare("multiserv.ts", "3", "-p", `${port}`);
-    const { until, type, answer, ended } = onTerminal(words);
-    await answer(keys, reply);
+    const words = denoRun("multiserv.ts", "3", "-p", `${port}`);
+    const { until, type, ended } = onTerminal(words);
+    await until("Allow?");
+    const typing = setInterval(type, 200, keys); // Deno drops what is early
+    await until(reply).finally(() => clearInterval(typing));
     if (exitCode === 0) {
       await until("Press Ctrl+C to stop");
       await assertHello(urlOf(port + 2), 2);
@@ -1152,29 +1113,18 @@ denoTest("asks for the network once, for all ports", async () => {
     assertEquals([code, stdout.split(question).length - 1], [exitCode, 1]);
     assertEquals(stdout.includes(allowIt("127.0.0.1")), exitCode === 1);
   }
-});
+}, onLinux);
 
 denoTest("asks nobody who has allowed just its ports", async () => {
   const port = await freePorts(2);
   const allow = `--allow-net=127.0.0.1:${port},127.0.0.1:${port + 1}`;
-  const words = bare(allow, "multiserv.ts", "2", "-p", `${port}`);
+  const words = denoRun(allow, "multiserv.ts", "2", "-p", `${port}`);
   const { until, type, ended } = onTerminal(words);
   await until("Press Ctrl+C to stop");
   type("\x03");
   const { code, stdout } = await ended;
   assertEquals([code, stdout.includes(question)], [0, false]);
-});
-
-// Deno starts Deno with -A, unless there is some permission flag.
-const withNothing = "--deny-ffi";
-
-denoTest("where nobody can be asked: the flag to add, exit 1", async () => {
-  const told = ["port 5000: no network access", allowIt("127.0.0.1")];
-  assertEquals(
-    await launch(bare(withNothing, "multiserv.ts", "1", "-p", "5000")),
-    refused("127.0.0.1", ...told),
-  );
-});
+}, onLinux);
 
 denoTest("multiserv.ts alone runs from an empty folder", async () => {
   const port = await freePorts(1);
@@ -1184,7 +1134,7 @@ denoTest("multiserv.ts alone runs from an empty folder", async () => {
   const line = `cp multiserv.ts ${folder} && map=$PWD/deno.json &&
     cd ${folder} && exec "$0" run --allow-net --import-map="$map" \\
     multiserv.ts 1 -p ${port}`;
-  const { kill, url, ended } = await running(1, ["sh", "-c", line, runtime]);
+  const { kill, url, ended } = await startReady(1, ["sh", "-c", line, runtime]);
   assertEquals((await fetch(`${url}/?status=204`)).status, 204);
   kill("SIGTERM");
   assertEquals((await ended).stdout, ready([urlOf(port)]));
@@ -1198,15 +1148,17 @@ denoTest("./multiserv.ts runs, with just the permission it needs", async () => {
     return launch(["sh", "-c", line]);
   };
   const taken = [`port ${port} is already in use`, "Try another --port"];
-  assertEquals(await run(""), refused("127.0.0.1", ...taken));
+  assertEquals(await run(""), notStarted("127.0.0.1", ...taken));
   const barred = [`port ${port}: no network access`, allowIt("127.0.0.2")];
-  assertEquals(await run("-H 127.0.0.2"), refused("127.0.0.2", ...barred));
+  assertEquals(await run("-H 127.0.0.2"), notStarted("127.0.0.2", ...barred));
 });
 
 denoTest("bare deno test passes where nothing is allowed", async () => {
-  const { code, stdout } = await launch([runtime, "test", withNothing]);
+  // With no permission flag at all, Deno would start Deno with -A.
+  const words = [runtime, "test", "--deny-ffi"];
+  const { code, stdout } = await launch(words);
   assertEquals(code, 0);
-  assertMatch(stdout, /\| \d+ passed \| 0 failed \| \d+ ignored /);
+  assertMatch(stdout, /\| [1-9]\d* passed \| 0 failed \| \d+ ignored /);
 });
 
 // ---- README.md --------------------------------------------------------------
@@ -1224,27 +1176,22 @@ async function blocks(heading: string, language: string) {
 }
 
 runTest("each ts block runs, and prints what the next one shows", async () => {
-  // Node 22 knows no `await using`.
-  const disposes = onDeno || Number.parseInt(process.versions.node) >= 24;
-  const words = onDeno ? bare("--allow-net=127.0.0.1", "-") : [
-    runtime,
-    "--import",
-    "./node/multiserv.ts",
-    "--input-type=module-typescript",
-    "-",
-  ];
+  const onNode = ["--import", "./node/multiserv.ts"];
+  const words = onDeno
+    ? denoRun("--allow-net=127.0.0.1", "-")
+    : [runtime, ...onNode, "--input-type=module-typescript", "-"];
   const readme = await contents("README.md");
   const lesson =
     /^```ts\n([^]*?)^```\n(?:\n```console\n.*lesson.ts\n([^]*?)```)?/gm;
   let lessons = 0;
-  for (const [, text = "", shown] of readme.matchAll(lesson)) {
-    const program = disposes
-      ? text
-      : text.replace("await using", "const") + "await servers.shutdown();";
+  for (const [, text = "", output] of readme.matchAll(lesson)) {
+    // Node 22 knows no `await using`; this does on all.
+    const program = text.replace("await using", "const") +
+      "await servers.shutdown();";
     const { code, stdout, stderr } = await launch(words, program);
     assertEquals([code, stderr], [0, ""], text);
-    if (shown === undefined) continue;
-    assertEquals(stdout, shown);
+    if (output === undefined) continue;
+    assertEquals(stdout, output);
     lessons++;
   }
   assertEquals(lessons, 4);
@@ -1257,33 +1204,23 @@ const onPorts = (port: number, shown: string) =>
     (given) => `${Number(given) - 1024 + port}`,
   );
 
-linuxTest(
-  "a terminal shows what README shows, until Ctrl+C twice",
-  async () => {
-    const [shown] = await blocks("Run it", "console");
-    const port = await freePorts(3);
-    const words = multiserv("3", "-p", `${port}`);
-    const { until, type, ended } = onTerminal(words);
-    await until("Press Ctrl+C to stop");
-    const lost = await dial(port, request("GET /?delay=60000"));
-    await assertHello(urlOf(port));
-    type("\x03");
-    await until("Answering requests in flight; Ctrl+C again stops now");
-    type("\x03");
-    const { code, stdout } = await ended;
-    const lines = shown.replace(/^.*\n/, "").replaceAll("\n", "\r\n");
-    assert(stdout.startsWith(onPorts(port, lines)), stdout);
-    assertEquals(code, 130);
-    await lost.closed;
-    assertEquals(lost.all(), "");
-  },
-);
-
-runTest("--help is what README shows", async () => {
-  const [shown] = await blocks("As a command", "console");
-  const stdout = shown.replace("$ deno run multiserv.ts --help\n", "");
-  const ended = await launch(multiserv("--help"));
-  assertEquals(ended, { code: 0, stdout, stderr: "" });
+linuxTest("a terminal shows what README shows, until Ctrl+C", async () => {
+  const [shown] = await blocks("Run it", "console");
+  const port = await freePorts(3);
+  const words = multiserv("3", "-p", `${port}`);
+  const { until, type, ended } = onTerminal(words);
+  await until("Press Ctrl+C to stop");
+  const lost = await dial(port, request("GET /?delay=60000"));
+  await assertHello(urlOf(port));
+  type("\x03");
+  await until("Answering requests in flight; Ctrl+C again stops now");
+  type("\x03");
+  const { code, stdout } = await ended;
+  const lines = shown.replace(/^.*\n/, "").replaceAll("\n", "\r\n");
+  assert(stdout.startsWith(onPorts(port, lines)), stdout);
+  assertEquals(code, 130);
+  await lost.closed;
+  assertEquals(lost.all(), "");
 });
 
 const denoCommand = "deno run --allow-net=127.0.0.1 multiserv.ts";
@@ -1317,23 +1254,25 @@ linuxTest("README's loop over the cores, and one Ctrl+C for all", async () => {
   for (const i of [0, 1, 2, 3]) await untilListening(port + i, false);
 });
 
-denoTest("what goes wrong is said as README shows it", async () => {
-  const [, shown = ""] = await blocks("As a command", "console");
+denoTest("the command says what README shows", async () => {
+  const shown = (await blocks("As a command", "console")).join("");
   const { port } = await serving(newApps(3), { port: await freePorts(3) });
   const commands = shown.split(/^\$ deno /m).slice(1);
-  assertEquals(commands.length, 4);
+  assertEquals(commands.length, 5);
   for (const command of commands) {
     const [line = "", ...said] = command.split("\n");
     const words = [runtime, ...line.split(" "), "-p", `${port}`];
-    const expected = onPorts(port, said.join("\n"));
-    assertEquals((await launch(words)).stderr, expected);
+    const { stdout, stderr } = await launch(words);
+    assertEquals(stdout + stderr, onPorts(port, said.join("\n")), line);
   }
 });
 
 denoTest("the idea in a dozen lines runs", async () => {
   const port = await freePorts(3);
   const [idea] = await blocks("The idea", "ts ignore");
-  const { child, kill, ended } = start(...bare("--allow-net=127.0.0.1", "-"));
+  const { child, kill, ended } = start(
+    ...denoRun("--allow-net=127.0.0.1", "-"),
+  );
   child.stdin.end(idea.replace("1024", `${port}`));
   for (const i of [0, 1, 2]) {
     await untilListening(port + i);
@@ -1343,71 +1282,52 @@ denoTest("the idea in a dozen lines runs", async () => {
   await ended;
 });
 
-// ---- The repository ---------------------------------------------------------
-
-runTest("Node gets the same versions of the packages as Deno", async () => {
-  const { npm } = JSON.parse(await contents("deno.lock"));
-  const { dependencies } = JSON.parse(await contents("node/package.json"));
-  const pinned = Object.entries(dependencies).map((pin) => pin.join("@"));
-  // What comes after _ are the peers it was resolved with.
-  const locked = Object.keys(npm).map((key) => key.split("_")[0]);
-  assertEquals(pinned.sort(), locked.sort());
-});
-
 // ---- Benchmarks: deno task bench --------------------------------------------
 
-const hello = "hello from handler 0";
-function bareServer(port: number) {
-  const options = { hostname: "127.0.0.1", port, onListen() {} };
-  return Deno.serve(options, (request) => {
-    if (request.method !== "GET") request.body?.cancel();
-    return new Response(hello);
-  });
-}
+/** The first of 10,000 ports that nothing else may hold meanwhile. */
+const basePort = 20_000;
 
-interface Contestant {
-  port: number;
-  shutdown(): Promise<unknown>;
-}
-type Start = (n: number, port: number) => Contestant | Promise<Contestant>;
+type Shutdown = () => Promise<unknown>;
+/** Starts n servers from basePort up. */
+type Start = (n: number) => Shutdown | Promise<Shutdown>;
 
-/** Who starts n servers from a port up, or one on a free port. */
 const contestants: Record<string, Start> = {
-  "Deno.serve"(n, port) {
-    const servers = Array.from({ length: n }, (_, i) => bareServer(port + i));
-    const shutdown = () => Promise.all(servers.map((one) => one.shutdown()));
-    return { port: servers[0]!.addr.port, shutdown };
+  "Deno.serve"(n) {
+    const servers = Array.from({ length: n }, (_, i) => {
+      const options = { hostname: "127.0.0.1", port: basePort + i };
+      return Deno.serve({ ...options, onListen() {} }, (request) => {
+        if (request.method !== "GET") request.body?.cancel();
+        return new Response("hello from handler 0");
+      });
+    });
+    return () => Promise.all(servers.map((server) => server.shutdown()));
   },
-  async multiserv(n, port) {
-    const { urls, shutdown } = await serveAll(helloApps(n), { port });
-    return { port: portOf(urls[0]!), shutdown };
+  async multiserv(n) {
+    return (await serveAll(helloApps(n), { port: basePort })).shutdown;
   },
 };
 
+type Measure = (b: Deno.BenchContext, start: Start) => Promise<void>;
+
 /** Measures both in turn. */
-function compare(
-  group: string,
-  measure: (b: Deno.BenchContext, start: Start) => Promise<void>,
-  rounds: { n?: number; warmup?: number } = {},
-) {
+function compare(group: string, measure: Measure, rounds = {}) {
   for (const [name, start] of Object.entries(contestants)) {
     const options = { group, baseline: name === "Deno.serve", ...rounds };
     Deno.bench(`${group}, ${name}`, options, (b) => measure(b, start));
   }
 }
 
-const requests = { "GET": request("GET /"), "POST of 1 KB": post(1024) };
-for (const [name, request] of Object.entries(requests)) {
+const asked = { "GET": request("GET /"), "POST of 1 KB": post(1024) };
+for (const [name, bytes] of Object.entries(asked)) {
   // 20 connections with 100 in flight on each
   compare(`2000 times ${name}`, async (b, start) => {
-    const { port, shutdown } = await start(1, 0);
-    const clients = await Promise.all(
-      Array.from({ length: 20 }, () => dial(port)),
-    );
+    const shutdown = await start(1);
+    const dialled = Array.from({ length: 20 }, () => dial(basePort));
+    const clients = await Promise.all(dialled);
     b.start();
     await Promise.all(clients.map(({ socket, until }) => {
-      socket.write(request.repeat(100));
-      return until(hello, 100);
+      socket.write(bytes.repeat(100));
+      return until("hello from handler 0", 100);
     }));
     b.end();
     for (const { socket } of clients) socket.destroy();
@@ -1415,28 +1335,23 @@ for (const [name, request] of Object.entries(requests)) {
   });
 }
 
-/** The first of 10,000 free ports in a row. */
-const basePort = 20_000;
+const fewRounds = { n: 5, warmup: 1 };
+compare("start 10,000", async (b, start) => {
+  b.start();
+  const shutdown = await start(10_000);
+  b.end();
+  await shutdown();
+}, fewRounds);
+compare("stop 10,000", async (b, start) => {
+  const shutdown = await start(10_000);
+  b.start();
+  await shutdown();
+  b.end();
+}, fewRounds);
 
-for (const n of [1, 1000, 10_000]) {
-  const rounds = n < 10_000 ? {} : { n: 5, warmup: 1 };
-  compare(`start ${n}`, async (b, start) => {
-    b.start();
-    const { shutdown } = await start(n, basePort);
-    b.end();
-    await shutdown();
-  }, rounds);
-  compare(`stop ${n}`, async (b, start) => {
-    const { shutdown } = await start(n, basePort);
-    b.start();
-    await shutdown();
-    b.end();
-  }, rounds);
-}
-
-/** KiB of memory that a command holds, a second after its first line. */
-async function memory(words: string[]) {
-  const { child, kill, stdout, ended } = start(...words);
+/** KiB of memory that a command with n servers holds, after a second. */
+async function memory(words: string[], n: number) {
+  const { child, kill, stdout, ended } = start(...words, `${basePort}`, `${n}`);
   await stdout.until("\n");
   await sleep(1000);
   const ps = await launch(["ps", "-o", "rss=", "-p", `${child.pid}`]);
@@ -1457,16 +1372,14 @@ const programs = {
   "Deno.serve": [runtime, "eval", bareProgram],
   "multiserv": multiserv("-p"),
 };
-
-for (const n of [1, 1000, 10_000]) {
-  const group = `memory of ${n}: what is printed counts, not the time`;
-  for (const [name, words] of Object.entries(programs)) {
-    const options = { group, n: 1, warmup: 0 };
-    Deno.bench(`memory of ${n}, ${name}`, options, async () => {
-      const one = await memory([...words, `${basePort}`, "1"]);
-      const all = await memory([...words, `${basePort}`, `${n}`]);
-      const each = n === 1 ? one : (all - one) / (n - 1);
-      console.log(`${each.toFixed(1)} KiB ${n === 1 ? "in all" : "each"}`);
-    });
-  }
+const memoryGroup = {
+  group: "memory, whose time means nothing",
+  n: 1,
+  warmup: 0,
+};
+for (const [name, words] of Object.entries(programs)) {
+  Deno.bench(`memory of 10,000, ${name}`, memoryGroup, async () => {
+    const [one, all] = [await memory(words, 1), await memory(words, 10_000)];
+    console.log(`${((all - one) / 9999).toFixed(1)} KiB each`);
+  });
 }
