@@ -1075,11 +1075,15 @@ linuxTest("output that cannot be written changes nothing", async () => {
   }
 });
 
+/** A command as a shell reads it. */
+const quoted = (words: string[]) =>
+  words.map((word) => `'${word.replaceAll("'", "'\\''")}'`).join(" ");
+
 /** Runs a command on a terminal, through util-linux `script`. */
 function onTerminal(words: string[]) {
-  const line = words.map((word) => `'${word}'`).join(" ");
   // exec: a shell that stayed would take Ctrl+C too, and some die of it.
-  const started = start("script", "-qec", `exec ${line}`, "/dev/null");
+  const line = `exec ${quoted(words)}`;
+  const started = start("script", "-qec", line, "/dev/null");
   const { child, stdout: { until }, ended } = started;
   const type = (keys: string) => child.stdin.write(keys);
   return { until, type, ended };
@@ -1143,8 +1147,8 @@ denoTest("multiserv.ts alone runs from an empty folder", async () => {
 denoTest("./multiserv.ts runs, with just the permission it needs", async () => {
   const { port } = await serving(newApps(1), { port: await freePorts(1) });
   const run = (args: string) => {
-    const path = `${dirname(runtime)}:$PATH`;
-    const line = `PATH=${path} ./multiserv.ts 1 -p ${port} ${args}`;
+    const path = `PATH='${dirname(runtime)}':"$PATH"`;
+    const line = `${path} ./multiserv.ts 1 -p ${port} ${args}`;
     return launch(["sh", "-c", line]);
   };
   const taken = [`port ${port} is already in use`, "Try another --port"];
@@ -1228,9 +1232,11 @@ const denoCommand = "deno run --allow-net=127.0.0.1 multiserv.ts";
 runTest("the script of README waits, uses and stops the servers", async () => {
   const [script] = await blocks("As a command", "sh");
   const port = await freePorts(3);
-  const there = command.map((word) => word.replace(/^.*\.ts$/, `"$OLDPWD"/$&`));
+  const there = command.map((word) =>
+    word.endsWith(".ts") ? `${here}/${word}` : word
+  );
   const line = script
-    .replace(denoCommand, `${there.join(" ")} -p ${port}`)
+    .replace(denoCommand, `${quoted(there)} -p ${port}`)
     .replace("1025", `${port + 1}`);
   const words = ["sh", "-c", `cd "$(mktemp -d)"\n${line}rmdir "$PWD"`];
   const { stdout, stderr } = await launch(words);
@@ -1242,7 +1248,7 @@ linuxTest("README's loop over the cores, and one Ctrl+C for all", async () => {
   const port = await freePorts(4);
   const line = loop
     .replace("0 250 500 750", "0 2")
-    .replace(denoCommand, `${command.join(" ")} -p ${port}`)
+    .replace(denoCommand, `${quoted(command)} -p ${port}`)
     .replace(" 250 &", " 2 &");
   const { until, type, ended } = onTerminal(["sh", "-c", line]);
   for (const i of [0, 1, 2, 3]) {
