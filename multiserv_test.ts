@@ -800,16 +800,14 @@ test("many errors: five, how many more, the last one's hint", async () => {
 netTest("hosts that this machine does not have, or nobody knows", async () => {
   const port = await freePorts(1);
   const notHere = `port ${port}: address not on this machine`;
-  const says: [reason: string, hostnames: string[]][] = [
-    [notHere, ["192.0.2.1", "ff02::1"]],
-    ["unknown host name", ["no-such-host.invalid", "a b", "x:y", "[x]"]],
-  ];
-  for (const [reason, hostnames] of says) {
-    for (const hostname of hostnames) {
-      const told = notStarted(hostname, reason, "Try another --hostname");
-      const { ended } = inProcess(["1", "-p", `${port}`, "-H", hostname]);
-      assertEquals(await ended, told);
-    }
+  const long = "a".repeat(300);
+  const unknown = ["no-such-host.invalid", "a b", "x:y", "[x]", long];
+  for (const hostname of ["192.0.2.1", "ff02::1", ...unknown]) {
+    const shown = hostname === long ? `${"a".repeat(40)}…` : hostname;
+    const why = unknown.includes(hostname) ? "unknown host name" : notHere;
+    const { ended } = inProcess(["1", "-p", `${port}`, "-H", hostname]);
+    const told = notStarted(shown, why, "Try another --hostname");
+    assertEquals(await ended, told);
   }
 });
 
