@@ -392,7 +392,7 @@ test("pipelined requests are all answered before it stops", async (t) => {
   socket.write(head("GET /") + slow + slow);
   await first;
   await Promise.all([all, shutdown()]);
-});
+}, 4000); // Node itself would close the connection after 5 s, too.
 
 test("a client that cannot be accepted ends no server", async (t) => {
   const { mock } = t.mock.method(Server.prototype, "listen");
