@@ -1327,7 +1327,9 @@ type Measure = (b: Deno.BenchContext, start: Start) => Promise<void>;
 function compare(group: string, measure: Measure, rounds = {}) {
   for (const [name, start] of Object.entries(contestants)) {
     const options = { group, baseline: name === "Deno.serve", ...rounds };
-    Deno.bench(`${group}, ${name}`, options, (b) => measure(b, start));
+    // Deno waits for no function that is not called async.
+    const fn = async (b: Deno.BenchContext) => await measure(b, start);
+    Deno.bench(`${group}, ${name}`, options, fn);
   }
 }
 
