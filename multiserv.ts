@@ -465,7 +465,8 @@ function logger(i: number): Handler {
     await next();
     if (isBackedUp(Deno.stderr)) return;
     // Leaves out the host: a client may send one that no URL can have.
-    const path = c.req.url.slice(c.req.url.indexOf("/", "http://".length));
+    const { url } = c.req;
+    const path = url.slice(url.indexOf("/", url.indexOf("//") + 2));
     const { pathname, search } = new URL(`http://localhost${path}`);
     const line = `${c.req.method} ${pathname}${search} ${c.res.status}`;
     print(Deno.stderr, `handler ${i}: ${line}`);

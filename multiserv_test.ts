@@ -914,6 +914,7 @@ test("--verbose: path and query only, so nobody forges a line", async () => {
   const requests = {
     "http://localhost/a?status=404": "/a?status=404 404",
     "http://b/c": "/c 200",
+    "https://b/d?e": "/d?e 200",
     "http://localhost//d\u009b\u202e \x1b[31m?\u009b=\u202e":
       "//d%C2%9B%E2%80%AE%20%1B[31m?%C2%9B=%E2%80%AE 200",
     "http://[/e": "/e 200",

@@ -271,7 +271,9 @@ test("requests that Node refuses", async (t) => {
   for (
     const [request, status] of [
       ["FOO / HTTP/1.1\r\nhost: a", 400],
+      ["OPTIONS * HTTP/1.1\r\nhost: a", 400],
       ["GET / HTTP/1.1\r\nhost: a b", 400],
+      ["GET /?é HTTP/1.1\r\nhost: a", 400],
       [`GET /${long} HTTP/1.1\r\nhost: a`, 431],
       [`GET / HTTP/1.1\r\nhost: a\r\nx: ${long}`, 431],
     ]
