@@ -159,17 +159,17 @@ async function dial(port: number, bytes = "") {
 
 /** Waits until somebody listens, or nobody does any more. */
 async function untilListening(port: number, expected = true) {
-  const listens = () => dial(port).then(() => true, () => false);
-  while (await listens() !== expected) await sleep(5);
+  const accepts = () => dial(port).then(() => true, () => false);
+  while (await accepts() !== expected) await sleep(5);
 }
 
 /** The first lines of a request. */
 const request = (line: string, ...headers: string[]) =>
   [`${line} HTTP/1.1`, "host: localhost", ...headers, "\r\n"].join("\r\n");
 
-/** A POST with a body of so many bytes, of which these come at once. */
-const post = (bytes: number, now = bytes) =>
-  request("POST /", `content-length: ${bytes}`) + "x".repeat(now);
+/** A POST with a body of so many bytes. */
+const post = (bytes: number) =>
+  request("POST /", `content-length: ${bytes}`) + "x".repeat(bytes);
 
 // ---- Without a network ------------------------------------------------------
 
@@ -281,6 +281,7 @@ const notStarted = (hostname: string, ...lines: string[]): Ended => {
 const usageError = (message: string): Ended => (
   { code: 2, stdout: "", stderr: `multiserv: ${message}\nTry --help\n` }
 );
+const howToStop = "Press Ctrl+C to stop";
 const allowIt = (host: string) => `Allow it: deno run --allow-net=${host}`;
 
 // ---- newApps, handler -------------------------------------------------------
@@ -799,12 +800,12 @@ test("many errors: five, how many more, the last one's hint", async () => {
 
 netTest("hosts that this machine does not have, or nobody knows", async () => {
   const port = await freePorts(1);
-  const notHere = `port ${port}: address not on this machine`;
+  const absent = `port ${port}: address not on this machine`;
   const long = "a".repeat(300);
   const unknown = ["no-such-host.invalid", "a b", "x:y", "[127.0.0.1]", long];
   for (const hostname of ["192.0.2.1", "ff02::1", ...unknown]) {
     const shown = hostname === long ? `${"a".repeat(40)}…` : hostname;
-    const why = unknown.includes(hostname) ? "unknown host name" : notHere;
+    const why = unknown.includes(hostname) ? "unknown host name" : absent;
     const { ended } = inProcess(["1", "-p", `${port}`, "-H", hostname]);
     const told = notStarted(shown, why, "Try another --hostname");
     assertEquals(await ended, told);
@@ -828,8 +829,6 @@ async function readyInProcess(line: string, isTerminal?: boolean) {
   return { servers, server: servers[0]!, ...command };
 }
 
-const hint = "Press Ctrl+C to stop\n";
-
 test("handler i listens on port + i", async () => {
   const lines: [line: string, first: number, ...urls: string[]][] = [
     ["2", 0, "http://127.0.0.1:1024", "http://127.0.0.1:1025"],
@@ -841,14 +840,14 @@ test("handler i listens on port + i", async () => {
   ];
   for (const [line, first, ...urls] of lines) {
     const { servers, press, stderr, ended } = await readyInProcess(line, true);
-    await stderr.until(hint);
+    await stderr.until(`${howToStop}\n`);
     for (const [k, server] of servers.entries()) {
       const body = `hello from handler ${first + k}`;
       await assertAnswers(ask(server, "a"), 200, body);
     }
     press("SIGTERM");
     const stdout = ready(urls, first);
-    assertEquals(await ended, { code: 0, stdout, stderr: hint });
+    assertEquals(await ended, { code: 0, stdout, stderr: `${howToStop}\n` });
   }
 });
 
@@ -887,6 +886,7 @@ test("a second signal ends it at once, also while it starts", async () => {
 });
 
 test("on a terminal: how to stop, and why that takes a while", async () => {
+  const hint = `${howToStop}\n`;
   const why = "Answering requests in flight; Ctrl+C again stops now\n";
   for (const [ms, said] of [[400, hint], [600, hint + why]] as const) {
     const { server, stderr, press, ended } = await readyInProcess("1", true);
@@ -1038,8 +1038,8 @@ runTest("too many open files names ulimit -n", async () => {
   const ended = await launch(words);
   assertEquals([ended.code, ended.stdout], [1, ""]);
   const list = "(port \\d+: too many open files\n){5}… and \\d+ more\n";
-  const hint = "Raise ulimit -n or start fewer\n";
-  assertMatch(ended.stderr, RegExp(`^multiserv: .*\n${list}${hint}$`));
+  const help = "Raise ulimit -n or start fewer\n";
+  assertMatch(ended.stderr, RegExp(`^multiserv: .*\n${list}${help}$`));
 });
 
 runTest("more clients than open files: it answers when they go", async () => {
@@ -1124,7 +1124,7 @@ denoTest("asks for the network once, for all ports", async () => {
     const typing = setInterval(type, 200, keys); // Deno drops what is early
     await until(reply).finally(() => clearInterval(typing));
     if (exitCode === 0) {
-      await until("Press Ctrl+C to stop");
+      await until(howToStop);
       await assertHello(urlOf(port + 2), 2);
       type("\x03");
     }
@@ -1139,7 +1139,7 @@ denoTest("asks nobody who has allowed just its ports", async () => {
   const allow = `--allow-net=127.0.0.1:${port},127.0.0.1:${port + 1}`;
   const words = denoRun(allow, "multiserv.ts", "2", "-p", `${port}`);
   const { until, type, ended } = onTerminal(words);
-  await until("Press Ctrl+C to stop");
+  await until(howToStop);
   type("\x03");
   const { code, stdout } = await ended;
   assertEquals([code, stdout.includes(question)], [0, false]);
@@ -1228,7 +1228,7 @@ linuxTest("a terminal shows what README shows, until Ctrl+C", async () => {
   const port = await freePorts(3);
   const words = multiserv("3", "-p", `${port}`);
   const { until, type, ended } = onTerminal(words);
-  await until("Press Ctrl+C to stop");
+  await until(howToStop);
   type("\x03");
   const { code, stdout } = await ended;
   const lines = shown.replace(/^.*\n/, "").replaceAll("\n", "\r\n");
