@@ -1,8 +1,10 @@
-// Lets Node find the packages that the program names as Deno does: looks up
-// jsr: specifiers in the import map of ../deno.json, npm: ones in node_modules.
+// Lets Node load ../multiserv.ts: gives it a `Deno` of its own, and looks its
+// jsr: specifiers up in the import map of ../deno.json, npm: ones in node_modules.
 import { readFileSync } from "node:fs";
 import { registerHooks } from "node:module";
 
+const program = new URL("../multiserv.ts", import.meta.url).href;
+const shim = new URL("deno.ts", import.meta.url).href;
 const config = new URL("../deno.json", import.meta.url);
 const imports: Record<string, string> =
   JSON.parse(readFileSync(config, "utf8")).imports;
@@ -14,5 +16,15 @@ registerHooks({
     // npm:@scope/name@version/path, of which the version is package.json's.
     const found = mapped.replace(/^npm:((@[^/]+\/)?[^@/]+)(@[^/]+)?/, "$1");
     return nextResolve(found, { ...context, parentURL: import.meta.url });
+  },
+  load(url, context, nextLoad) {
+    const loaded = nextLoad(url, context);
+    if (url !== program) return loaded;
+    // In place of the shebang, so that all lines keep their numbers.
+    const source = `${loaded.source}`.replace(
+      /^#!.*/,
+      `import { Deno } from "${shim}";`,
+    );
+    return { ...loaded, source };
   },
 });

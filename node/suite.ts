@@ -2,17 +2,18 @@
 import { after, test } from "node:test";
 import process from "node:process";
 import "./hook.ts";
-import "./deno.ts";
 
 type Definition = Pick<Deno.TestDefinition, "name" | "ignore"> & {
   fn: () => void | Promise<void>;
 };
 
-Object.assign(Deno, {
+const Deno = {
   test: ({ name, ignore = false, fn }: Definition) =>
     test(name, { skip: ignore }, fn),
   bench() {}, // measured on Deno
-});
+  permissions: { querySync: () => ({ state: "granted" }) },
+};
+Object.assign(globalThis, { Deno });
 
 // What is left open would keep the suite from ending, and nobody would know why.
 after(() => {

@@ -1,17 +1,26 @@
 // What a Node program sees of ../multiserv.ts, which names its packages as Deno
 // does and so tells tsc nothing. multiserv_test.ts here checks that the two agree.
 /// <reference lib="esnext.disposable" />
-import type { Handler } from "hono";
-import type { Hono } from "hono/tiny";
+import type { Handler, Hono } from "hono";
 
-/** Makes n apps, each a router without routes. */
+/** Makes n Hono apps, each a router without routes. */
 export function newApps(n: number): Hono[];
 
 /** Makes a handler that answers with its number. */
 export function handler(i: number): Handler;
 
-/** Wraps a handler, so that a request can ask for a late or failing answer. */
-export function withFaults(handler: Handler, faults?: string): Handler;
+/** Wraps a handler, so that its answers are late or failing on request. */
+export function withFaults(handler: Handler, faults?: Faults): Handler;
+
+/** What can be wrong with an answer. */
+export interface Faults {
+  /** Milliseconds before it comes, 0 to 60000; 0 by default. */
+  delay?: number;
+  /** Its status, 200 to 599. Without one, it is the handler's. */
+  status?: number;
+  /** Share of the answers with that status, 0 to 100; 100 by default. */
+  percent?: number;
+}
 
 /** Serves each app on a port of its own, all of them or none. */
 export function serveAll(
@@ -19,10 +28,8 @@ export function serveAll(
   options?: ServeAllOptions,
 ): Promise<MultiServer>;
 
-/** A Hono app, or anything else with a `fetch`. */
-export interface App {
-  fetch(request: Request, info?: unknown): Response | Promise<Response>;
-}
+/** A Hono app, or anything else with its `fetch`. */
+export type App = Pick<Hono, "fetch">;
 
 /** Options of `serveAll`. */
 export interface ServeAllOptions {
@@ -36,7 +43,7 @@ export interface ServeAllOptions {
 export interface MultiServer extends AsyncDisposable {
   /** Where the apps listen, in their order, such as `http://127.0.0.1:1024`. */
   readonly urls: string[];
-  /** Resolves when all servers have stopped, rejects when one lost its port. */
+  /** Resolves when all servers have been shut down. */
   readonly finished: Promise<void>;
   /** Stops accepting connections; resolves when all requests are answered. */
   shutdown(): Promise<void>;
