@@ -37,7 +37,7 @@ export interface ServeAllOptions {
   port?: number;
 }
 
-/** Is to n servers what `Deno.HttpServer` is to one. */
+/** To n servers what `Deno.HttpServer` is to one. */
 export interface MultiServer extends AsyncDisposable {
   /** Where the apps listen, in their order, such as `http://127.0.0.1:1024`. */
   readonly urls: string[];
@@ -76,7 +76,7 @@ export async function serveAll(
   for (const [i, app] of apps.entries()) {
     const itsPort = port === 0 ? 0 : port + i;
     try {
-      // It waits until that server listens, not until it ends: all serve at once.
+      // Waits until this one listens, not until it ends: all serve at once.
       servers.push(await listenAndServe(hostname, itsPort, app));
     } catch (cause) {
       const failure = explain(cause);
@@ -107,8 +107,8 @@ export async function serveAll(
 }
 
 // ---- 2. One server ----------------------------------------------------------
-// It is Go's in two things that Deno.serve is not: it goes on after a failed
-// accept, and keeps a connection whose request had a body that nobody read.
+// Like Go's and unlike Deno.serve, it goes on after a failed accept, and keeps
+// a connection whose request had a body that nobody read.
 
 type Server = Awaited<ReturnType<typeof listenAndServe>>;
 
@@ -124,53 +124,53 @@ async function listenAndServe(hostname: string, port: number, app: App) {
   const first = await start();
   const { addr } = first;
   options.port = addr.port; // the free one that it got, if 0 was asked for
-  const servers = [first]; // all that were ever started for this port
+  const started = [first]; // and whatever takes over from it
   let stopping = false;
 
-  // A Deno server ends when it cannot accept a connection, for example for want
-  // of open files. What it has accepted it still answers; another takes its port.
-  async function goOn() {
+  // A Deno server ends when it cannot accept a connection, for want of open
+  // files perhaps. It still answers what it has accepted; another takes over.
+  async function takeOver() {
+    let pause = 5; // milliseconds; doubles up to a second, as Go's does
     while (!stopping) {
-      await sleep(100);
+      await sleep(pause);
       if (stopping) return;
+      pause = Math.min(2 * pause, 1000);
       try {
         const server = await start();
-        servers.push(server);
+        started.push(server);
         await server.finished;
       } catch {
-        // It could not listen, or not accept: once more.
+        // It could not listen, or not accept, once more.
       }
     }
   }
-  async function drain() {
+  async function shutdown() {
     stopping = true;
-    await Promise.all(servers.map((server) => server.shutdown()));
+    await Promise.all(started.map((server) => server.shutdown()));
   }
-  const finished = first.finished.then(goOn, goOn).then(drain);
-
   return {
     url: `http://${inUrl(addr.hostname)}:${addr.port}`,
-    finished,
-    shutdown: () => drain().then(() => finished),
+    finished: first.finished.then(takeOver, takeOver).then(shutdown),
+    shutdown,
   };
 }
 
-/** Deno closes a connection when a body was not read. Node reads on, as Go. */
-const mustDiscard = navigator.userAgent.startsWith("Deno");
+const onDeno = navigator.userAgent.startsWith("Deno");
 
-/** The app's answer, after which nothing of the body is left. */
+/** Answers, then discards what is left of the request's body. */
 function answer(app: App, request: Request, info: object) {
   const response = app.fetch(request, info);
-  if (request.method === "GET" || !mustDiscard) return response;
-  return response instanceof Promise
-    ? response.then((response) => discardBody(request, response))
-    : discardBody(request, response); // at once, as awaiting costs time
-}
+  // Deno would close the connection. Node reads on, as Go does.
+  if (request.method === "GET" || !onDeno) return response;
 
-function discardBody({ body }: Request, response: Response) {
-  // An echo still needs it. Where somebody reads it, cancel rejects.
-  if (body !== response.body) body?.cancel().catch(() => {});
-  return response;
+  function discardBody(response: Response) {
+    // Not what is sent back. Where somebody still reads it, cancel rejects.
+    if (request.body !== response.body) request.body?.cancel().catch(() => {});
+    return response;
+  }
+  return response instanceof Promise
+    ? response.then(discardBody)
+    : discardBody(response); // at once, as awaiting costs time
 }
 
 /** A host as URLs have it: an IPv6 address stands in brackets. */
@@ -178,13 +178,8 @@ function inUrl(hostname: string) {
   return hostname.includes(":") ? `[${hostname}]` : hostname;
 }
 
-interface Failure {
-  reason: string;
-  hint?: string;
-}
-
-/** What people meet when servers start, by the code of the error or its name. */
-const failures: Record<string, Failure> = {
+/** What people meet when servers start, by the error's code or name. */
+const failures: Record<string, { reason: string; hint?: string }> = {
   EADDRINUSE: { reason: "is already in use", hint: "Try another --port" },
   EADDRNOTAVAIL: {
     reason: "cannot be opened: the address is not on this machine",
@@ -200,9 +195,10 @@ const failures: Record<string, Failure> = {
   },
 };
 
-function explain(error: unknown): Failure {
+function explain(error: unknown) {
   const { code, name, message } = error as Error & { code?: string };
-  return failures[code ?? name] ?? { reason: `cannot be opened: ${message}` };
+  const other = { reason: `cannot be opened: ${message}`, hint: undefined };
+  return failures[code ?? name] ?? other;
 }
 
 // ---- 3. Faults --------------------------------------------------------------
@@ -225,7 +221,7 @@ export interface Faults {
  *
  * - `?delay=<ms>` waits, unless the client goes away;
  * - `?status=<code>` answers with that status, and a body where it allows one;
- * - `?status=<code>:<percent>` does so for that share of the answers, at random.
+ * - `?status=<code>:<percent>` does so at random, for that share of answers.
  *
  * Any other value of these two is answered with 400 and what was expected.
  *
@@ -234,28 +230,23 @@ export interface Faults {
  * @throws {RangeError} If one of the faults is out of its range
  */
 export function withFaults(handler: Handler, faults: Faults = {}): Handler {
-  const { delay = 0, status, percent = 100 } = faults;
-  const usual = parseFaults({
-    delay: `${delay}`,
-    status: status === undefined ? status : `${status}:${percent}`,
-  });
-  const isPlain = delay === 0 && status === undefined;
+  const { status, percent = 100, ...others } = faults;
+  const texts = status === undefined ? {} : { status: `${status}:${percent}` };
+  const usual = parseFaults({ ...others, ...texts });
+  const isPlain = Object.keys(usual).length === 0;
 
   const faulty: Handler = async (c, next) => {
     let faults: Faults;
     try {
       faults = { ...usual, ...parseFaults(c.req.query()) };
     } catch (error) {
-      return c.text((error as RangeError).message, STATUS_CODE.BadRequest);
+      return c.text((error as Error).message, STATUS_CODE.BadRequest);
     }
-    const { delay = 0, status, percent = 100 } = faults;
-    if (delay > 0) {
+    if (faults.delay) {
       const { signal } = c.req.raw; // aborts when the client goes away
-      await sleep(delay, undefined, { signal }).catch(() => {});
+      await sleep(faults.delay, undefined, { signal }).catch(() => {});
     }
-    const response: Response = await handler(c, next);
-    const isDue = Math.random() * 100 < percent;
-    return status && isDue ? withStatus(status, response) : response;
+    return spoil(await handler(c, next), faults);
   };
   return (c, next) =>
     isPlain && !c.req.url.includes("?")
@@ -263,23 +254,17 @@ export function withFaults(handler: Handler, faults: Faults = {}): Handler {
       : faulty(c, next);
 }
 
-/**
- * Reads faults as a query and the command line have them.
- *
- * @throws {RangeError} If one is out of its range
- */
-function parseFaults(
-  { delay, status }: { delay?: string; status?: string },
-): Faults {
+/** Reads faults from a query or the command line, or throws a RangeError. */
+function parseFaults(given: { [name in keyof Faults]: unknown }) {
   const faults: Faults = {};
-  if (delay !== undefined) {
-    faults.delay = parseNumber("delay", delay, 0, 60_000);
+  if (given.delay !== undefined) {
+    faults.delay = parseNumber("delay", given.delay, 0, 60_000);
   }
-  if (status !== undefined) {
-    const [code = "", ...rest] = status.split(":");
-    const percent = rest.length === 0 ? "100" : rest.join(":");
+  if (given.status !== undefined) {
+    const [code, percent = 100, ...rest] = `${given.status}`.split(":");
+    const share = [percent, ...rest].join(":");
     faults.status = parseNumber("status", code, 200, 599);
-    faults.percent = parseNumber("percent of status", percent, 0, 100);
+    faults.percent = parseNumber("percent of status", share, 0, 100);
   }
   return faults;
 }
@@ -287,8 +272,12 @@ function parseFaults(
 const { NoContent, ResetContent, NotModified } = STATUS_CODE;
 const statusesWithoutBody: number[] = [NoContent, ResetContent, NotModified];
 
-function withStatus(status: number, response: Response): Response {
-  if (response.status === STATUS_CODE.SwitchingProtocols) return response;
+/** The response with the status that is due, and what this allows of it. */
+function spoil(response: Response, { status, percent = 100 }: Faults) {
+  const isDue = Math.random() * 100 < percent;
+  const isUpgrade = response.status === STATUS_CODE.SwitchingProtocols;
+  if (status === undefined || !isDue || isUpgrade) return response;
+
   const body = statusesWithoutBody.includes(status) ? null : response.body;
   const headers = new Headers(response.headers);
   if (body === null) { // nor what would describe it
@@ -319,28 +308,28 @@ A request may ask for itself: /?delay=<ms>&status=<code>[:<percent>]`;
 
 /** Runs the command line; resolves to the exit code. Go: `main`. */
 export async function main(args: string[]): Promise<number> {
-  let options: ReturnType<typeof parse>;
+  let options;
   try {
     options = parse(args);
   } catch (error) {
-    const { message } = error as Error;
-    print(console.error, `multiserv: ${message}\nTry --help`);
+    print(`multiserv: ${(error as Error).message}\nTry --help`);
     return 2;
   }
-  if (options === "help") {
-    print(console.log, usage);
+  if (options === null) {
+    print(usage, console.log);
     return 0;
   }
-
   const { n, first, hostname, port, faults, verbose } = options;
-  await askForNetwork(hostname);
+  // Asks once, for the host; Deno itself would ask for each port.
+  const access = { name: "net", host: inUrl(hostname) } as const;
+  await Deno.permissions.request(access).catch(() => {}); // serveAll says it
   const apps = newApps(n);
   for (const [k, app] of apps.entries()) {
     const i = first + k;
     if (verbose) app.use(logger(i));
     app.all("*", withFaults(handler(i), faults));
   }
-  let servers: MultiServer;
+  let servers;
   try {
     servers = await serveAll(apps, { hostname, port });
   } catch (error) {
@@ -348,11 +337,12 @@ export async function main(args: string[]): Promise<number> {
     return 1;
   }
 
-  const stopped = untilSignal(servers); // may come with the first ready line
+  // A signal may come with the first ready line.
+  const stopped = serveUntilSignal(servers);
   for (const [k, url] of servers.urls.entries()) {
-    print(console.log, `handler ${first + k} listening on ${url}`);
+    print(`handler ${first + k} listening on ${url}`, console.log);
   }
-  print(console.error, "Press Ctrl+C to stop");
+  print("Press Ctrl+C to stop");
   await stopped;
   return 0;
 }
@@ -368,41 +358,31 @@ function parse(args: string[]) {
       if (option) throw new RangeError(`unknown option "${arg}"`);
     },
   });
-  if (flags.help) return "help";
+  if (flags.help) return null;
 
-  const { _: words, hostname, verbose } = flags;
-  if (hostname === "") throw new RangeError("--hostname needs a value");
+  const { _: words } = flags;
+  if (flags.hostname === "") throw new RangeError("--hostname needs a value");
   const port = flags.port === "0"
     ? 0
     : parseNumber("port, unless 0,", flags.port, 1024, 65535);
-  const lowest = port === 0 ? 1024 : port;
+  const lowest = port || 1024;
   const first = parseNumber("first", flags.first, 0, 65535 - lowest);
   if (words.length === 0) throw new RangeError("n is missing");
   if (words.length > 1) {
     throw new RangeError(`one n is enough, got "${words.join(" ")}"`);
   }
-  const n = parseNumber("n", `${words[0]}`, 1, 65536 - lowest - first);
+  const n = parseNumber("n", words[0], 1, 65536 - lowest - first);
   const firstPort = port === 0 ? 0 : port + first;
-  const faults = parseFaults(flags);
-  return { n, first, hostname, port: firstPort, faults, verbose };
+  return { ...flags, n, first, port: firstPort, faults: parseFaults(flags) };
 }
 
 /** @throws {RangeError} Unless it is such a number, in digits alone */
-function parseNumber(name: string, text: string, min: number, max: number) {
+function parseNumber(name: string, given: unknown, min: number, max: number) {
+  const text = `${given}`;
   const value = Number(text);
   if (/^\d+$/.test(text) && value >= min && value <= max) return value;
   const range = `a whole number from ${min} to ${max}`;
-  throw new RangeError(`${name} must be ${range}, got "${text}"`);
-}
-
-/** Asks for network access once, for the host; Deno would ask for each port. */
-async function askForNetwork(hostname: string) {
-  try {
-    const host = inUrl(hostname);
-    await Deno.permissions.request({ name: "net", host });
-  } catch {
-    // No such host can be: its server will not start, and say so.
-  }
+  throw new RangeError(`${name} must be ${range}, got ${JSON.stringify(text)}`);
 }
 
 /** Logs every request: path and query only, percent-encoded. */
@@ -412,52 +392,45 @@ function logger(i: number): Handler {
     await next();
     const ms = Math.round(performance.now() - start);
     const url = URL.parse(c.req.url); // null if it names an impossible host
-    const path = url === null ? "?" : url.pathname + url.search;
-    const line = `${c.req.method} ${path} ${c.res.status} ${ms}ms`;
-    print(console.error, `handler ${i}: ${line}`);
+    const path = url ? url.pathname + url.search : "?";
+    print(`handler ${i}: ${c.req.method} ${path} ${c.res.status} ${ms}ms`);
   };
 }
 
 /** Says what went wrong: up to five errors, and what helps. */
 function report({ message, errors }: AggregateError) {
-  const lines = [`multiserv: ${message}`];
-  for (const error of errors.slice(0, 5)) lines.push(error.message);
+  const lines = errors.slice(0, 5).map((error) => error.message);
   if (errors.length > 5) lines.push(`… and ${errors.length - 5} more`);
   const { hint } = explain(errors[0].cause);
-  if (hint !== undefined) lines.push(hint);
-  print(console.error, lines.join("\n"));
+  if (hint) lines.push(hint);
+  print([`multiserv: ${message}`, ...lines].join("\n"));
 }
 
 /**
- * Resolves when a signal has come and all requests are answered. Some wrappers
- * send a signal twice at once; only a later one ends the process.
+ * Waits for a signal, then until all requests are answered. Some wrappers send
+ * a signal twice at once; only one that comes later ends the process.
  */
-async function untilSignal(servers: MultiServer) {
+async function serveUntilSignal(servers: MultiServer) {
   const signals = ["SIGINT", "SIGTERM"] as const;
-  let timer: ReturnType<typeof setTimeout> | undefined;
-  function stop() {
-    servers.shutdown();
-    timer ??= setTimeout(() => {
-      ignoreSignals(); // so the next one does what it does by default
-      const line = "Answering requests in flight; Ctrl+C again stops now";
-      print(console.error, line);
-    }, 500);
+  const { promise, resolve } = Promise.withResolvers<void>();
+  for (const signal of signals) Deno.addSignalListener(signal, resolve);
+  await promise; // Go: <-signals
+
+  const stopped = servers.shutdown();
+  if (await Promise.race([stopped, sleep(500, "late")]) === "late") {
+    // From here on a signal does what it does by default: it ends the process.
+    for (const signal of signals) Deno.removeSignalListener(signal, resolve);
+    print("Answering requests in flight; Ctrl+C again stops now");
   }
-  function ignoreSignals() {
-    for (const signal of signals) Deno.removeSignalListener(signal, stop);
-  }
-  for (const signal of signals) Deno.addSignalListener(signal, stop);
-  await servers.finished;
-  clearTimeout(timer);
-  ignoreSignals();
+  await stopped;
 }
 
-/** Prints a line; on a full disk, it is lost. */
-function print(write: (line: string) => void, line: string) {
+/** Prints a line. On a full disk it is lost, which shall not cost an answer. */
+function print(line: string, write = console.error) {
   try {
     write(line);
   } catch {
-    // Neither an answer nor the program shall fail for it.
+    // No space left on device
   }
 }
 

@@ -9,6 +9,7 @@ import {
 } from "jsr:@std/assert@^1";
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
+import { readFile } from "node:fs/promises";
 import { connect } from "node:net";
 import process from "node:process";
 import type { Readable } from "node:stream";
@@ -22,53 +23,44 @@ import {
   main,
   newApps,
   serveAll,
-  type ServeAllOptions,
   withFaults,
 } from "./multiserv.ts";
 
 // ---- How tests run ----------------------------------------------------------
 
-/** What ends what a test has begun, and what it waited for last. */
+const onDeno = navigator.userAgent.startsWith("Deno");
+const isGranted = (name: "net" | "run" | "env" | "read") =>
+  Deno.permissions.querySync({ name }).state === "granted";
+const net = isGranted("net");
+const run = net && isGranted("run") && isGranted("env") && isGranted("read");
+
+/** What a test has begun ends with it; what it waits for is known if it hangs. */
 const cleanups: (() => unknown)[] = [];
 let waitingFor = "nothing yet";
-
-/** Makes a function like `Deno.test`, whose tests clean up and never hang. */
-function testIf(allowed: boolean) {
-  return (name: string, body: () => unknown) => {
-    if (!allowed) ignored++;
-    Deno.test({ name, ignore: !allowed, fn: () => inTime(body) });
-  };
-}
 let ignored = 0;
+
+function test(name: string, body: () => unknown, allowed = true) {
+  if (!allowed) ignored++;
+  Deno.test({ name, ignore: !allowed, fn: () => inTime(body) });
+}
+const netTest = (name: string, body: () => unknown) => test(name, body, net);
+const runTest = (name: string, body: () => unknown) => test(name, body, run);
+const denoTest = (name: string, body: () => unknown, allowed = run) =>
+  test(`${name} (Deno only)`, body, allowed && onDeno);
 
 async function inTime(body: () => unknown) {
   let timer: ReturnType<typeof setTimeout> | undefined;
   const late = new Promise((_, reject) => {
-    const hang = () => reject(new Error(`Hangs, waiting for ${waitingFor}`));
-    timer = setTimeout(hang, 9000);
+    const hangs = () => reject(new Error(`Hangs, waiting for ${waitingFor}`));
+    timer = setTimeout(hangs, 9000);
   });
   try {
     await Promise.race([body(), late]);
   } finally {
     const ends = cleanups.splice(0).reverse().map((cleanup) => cleanup());
-    await Promise.race([Promise.all(ends), late]).finally(() =>
-      clearTimeout(timer)
-    );
+    await Promise.race([Promise.all(ends), late])
+      .finally(() => clearTimeout(timer));
   }
-}
-
-function isGranted(name: "net" | "run" | "env") {
-  return Deno.permissions.querySync({ name }).state === "granted";
-}
-const net = isGranted("net");
-const run = net && isGranted("run") && isGranted("env");
-const onDeno = navigator.userAgent.startsWith("Deno");
-
-const test = testIf(true); // needs no permission
-const netTest = testIf(net);
-const runTest = testIf(run); // starts the command
-function denoTest(name: string, body: () => unknown, allowed = run) {
-  testIf(allowed && onDeno)(`${name} (Deno only)`, body);
 }
 
 // ---- newApps, handler -------------------------------------------------------
@@ -76,12 +68,10 @@ function denoTest(name: string, body: () => unknown, allowed = run) {
 test("newApps makes n apps, each a router of its own", async () => {
   const apps = newApps(3);
   apps[1]!.get("/path", handler(1));
-  const ask = async (path: string) => {
-    const answers = apps.map((app) => app.request(path));
-    return (await Promise.all(answers)).map(({ status }) => status);
-  };
-  assertEquals(await ask("/path"), [404, 200, 404]);
-  assertEquals(await ask("/path/"), [404, 404, 404]);
+  const statuses = (path: string) =>
+    Promise.all(apps.map(async (app) => (await app.request(path)).status));
+  assertEquals(await statuses("/path"), [404, 200, 404]);
+  assertEquals(await statuses("/path/"), [404, 404, 404]);
 });
 
 /** Checks an answer in plain text. */
@@ -96,9 +86,7 @@ async function assertAnswers(
 }
 
 /** An app that answers every request. */
-function appOf(answer: Handler): App & ReturnType<typeof newApps>[0] {
-  return newApps(1)[0]!.all("*", answer);
-}
+const appOf = (answer: Handler) => newApps(1)[0]!.all("*", answer);
 
 test("handler answers any method and path with its number", async () => {
   const app = appOf(handler(7));
@@ -124,28 +112,24 @@ test("?status answers with that status, and the same body", async () => {
 
 test("what describes a body goes where the body goes", async () => {
   const headers = {
+    "content-encoding": "br",
     "content-length": "5",
     "content-type": "text/html",
-    "content-encoding": "br",
     "x-own": "yes",
   };
   const full = appOf(withFaults(() => new Response("hello", { headers })));
   const empty = { status: 304, headers };
   const unchanged = appOf(withFaults(() => new Response(null, empty)));
-  for (
-    const [app, status] of [
-      [full, 204],
-      [full, 205],
-      [full, 304],
-      [unchanged, 503],
-    ] as const
-  ) {
+  const ask = async (app: typeof full, status: number) => {
     const response = await app.request(`/?status=${status}`);
-    assertEquals([response.status, response.body], [status, null]);
-    assertEquals([...response.headers.keys()], ["x-own"]);
+    assertEquals(response.status, status);
+    return [response.body === null, Object.fromEntries(response.headers)];
+  };
+  for (const status of [204, 205, 304]) {
+    assertEquals(await ask(full, status), [true, { "x-own": "yes" }]);
   }
-  const kept = await full.request("/?status=410");
-  assertEquals(Object.fromEntries(kept.headers), headers);
+  assertEquals(await ask(unchanged, 503), [true, { "x-own": "yes" }]);
+  assertEquals(await ask(full, 410), [false, headers]);
 });
 
 test("a status with a percent is a share of the answers", async () => {
@@ -171,33 +155,24 @@ test("a status with a percent is a share of the answers", async () => {
 });
 
 test("a delay waits as long as it says", async () => {
-  const order: unknown[] = [];
   const app = faultyApp({ delay: 300 });
-  const happenings = [
-    ...[50, 150, 250, 350].map((ms) => sleep(ms, `${ms} ms`)),
-    ...["", "?delay=100", "?delay=0"].map(async (query) => {
-      await app.request(`/${query}`);
-      return query;
-    }),
-  ];
-  await Promise.all(
-    happenings.map(async (happening) => order.push(await happening)),
-  );
+  const order: string[] = [];
+  const timers = [50, 150, 250, 350].map(async (ms) => {
+    await sleep(ms);
+    order.push(`${ms} ms`);
+  });
+  const answers = ["/", "/?delay=100", "/?delay=0"].map(async (path) => {
+    await app.request(path);
+    order.push(path);
+  });
+  await Promise.all([...timers, ...answers]);
   // Timers of one process fire in their order, however late they are.
-  assertEquals(
-    order,
-    ["?delay=0", "50 ms", "?delay=100", "150 ms", "250 ms", "", "350 ms"],
-  );
+  const [zero, hundred] = ["/?delay=0", "/?delay=100"];
+  const first = [zero, "50 ms", hundred, "150 ms"];
+  assertEquals(order, [...first, "250 ms", "/", "350 ms"]);
 });
 
-test("a delay ends when the client goes away, and nothing else looks", async () => {
-  for (const query of ["", "?status=503", "?delay=0"]) {
-    const request = new Request(`http://localhost/${query}`);
-    let looked = false; // at which Deno may print a note
-    Object.defineProperty(request, "signal", { get: () => looked = true });
-    await faultyApp().fetch(request);
-    assertEquals(looked, false, query);
-  }
+test("a delay ends when the client goes away", async () => {
   const leaving = new AbortController();
   const answer = faultyApp().request("/?delay=60000", leaving);
   leaving.abort();
@@ -205,50 +180,48 @@ test("a delay ends when the client goes away, and nothing else looks", async () 
   assertEquals((await answer).status, 200);
 });
 
+/** What is said of a number that is out of its range. */
 const range = (name: string, min: number, max: number, got: string) =>
   `${name} must be a whole number from ${min} to ${max}, got "${got}"`;
 const noDelay = (got: string) => range("delay", 0, 60_000, got);
 const noStatus = (got: string) => range("status", 200, 599, got);
 const noPercent = (got: string) => range("percent of status", 0, 100, got);
 
+const nonsense = {
+  "status=503&delay=": noDelay(""),
+  "delay=soon": noDelay("soon"),
+  "delay=-1": noDelay("-1"),
+  "delay=60001": noDelay("60001"),
+  "delay=1e3": noDelay("1e3"),
+  "status=": noStatus(""),
+  "status=199": noStatus("199"),
+  "status=600": noStatus("600"),
+  "status=503:": noPercent(""),
+  "status=503:101": noPercent("101"),
+  "status=503:0.5": noPercent("0.5"),
+  "status=503:10:5": noPercent("10:5"),
+};
+
 test("a request for nonsense is answered with 400 and why", async () => {
-  const nonsense: [query: string, message: string][] = [
-    ["status=503&delay=", noDelay("")],
-    ["delay=soon", noDelay("soon")],
-    ["delay=-1", noDelay("-1")],
-    ["delay=60001", noDelay("60001")],
-    ["delay=1e3", noDelay("1e3")],
-    ["status=", noStatus("")],
-    ["status=199", noStatus("199")],
-    ["status=600", noStatus("600")],
-    ["status=503:", noPercent("")],
-    ["status=503:101", noPercent("101")],
-    ["status=503:0.5", noPercent("0.5")],
-    ["status=503:10:5", noPercent("10:5")],
-  ];
-  for (const [query, message] of nonsense) {
+  for (const [query, message] of Object.entries(nonsense)) {
     await assertAnswers(faultyApp().request(`/?${query}`), 400, message);
   }
-  const other = faultyApp().request("/?dealy=1&status=200&status=x");
-  await assertAnswers(other, 200, "hello from handler 0");
+  const misspelt = faultyApp().request("/?dealy=x&status=200");
+  await assertAnswers(misspelt, 200, "hello from handler 0");
 });
 
 test("faults that make no sense are a RangeError at once", () => {
-  const nonsense: [Faults, message: string][] = [
-    [{ delay: -1 }, noDelay("-1")],
-    [{ delay: 60_001 }, noDelay("60001")],
-    [{ delay: NaN }, noDelay("NaN")],
-    [{ status: 99 }, noStatus("99")],
-    [{ status: 200.5 }, noStatus("200.5")],
-    [{ status: 0 }, noStatus("0")],
-    [{ status: 503, percent: 101 }, noPercent("101")],
-  ];
-  for (const [faults, message] of nonsense) {
+  const throws = (faults: Faults, message: string) =>
     assertThrows(() => faultyApp(faults), RangeError, message);
-  }
+  throws({ delay: -1 }, noDelay("-1"));
+  throws({ delay: 60_001 }, noDelay("60001"));
+  throws({ delay: NaN }, noDelay("NaN"));
+  throws({ status: 0 }, noStatus("0"));
+  throws({ status: 200.5 }, noStatus("200.5"));
+  throws({ status: 503, percent: 101 }, noPercent("101"));
 });
 
-// ---- The command line, in this process --------------------------------------
+// ---- main, in this process --------------------------------------------------
 
 /** Runs a command line to its end; resolves to what it printed. */
 async function runMain(...args: string[]) {
@@ -265,35 +238,29 @@ async function runMain(...args: string[]) {
 test("wrong command lines: what is wrong, and exit code 2", async () => {
   const noN = (got: string) => range("n", 1, 64512, got);
   const noPort = (got: string) => range("port, unless 0,", 1024, 65535, got);
-  const wrong: [args: string[], message: string][] = [
-    [[], "n is missing"],
-    [["-v"], "n is missing"],
-    [["3", "4"], 'one n is enough, got "3 4"'],
-    [[""], noN("")],
-    [[" 3"], noN(" 3")],
-    [["abc"], noN("abc")],
-    [["3.5"], noN("3.5")],
-    [["1e3"], noN("1e3")],
-    [["0x10"], noN("0x10")],
-    [["0"], noN("0")],
-    [["--", "-3"], noN("-3")],
-    [["64513"], noN("64513")],
-    [["64513", "-p0"], noN("64513")],
-    [["2", "-p", "65535"], range("n", 1, 1, "2")],
-    [["536", "-p", "60000", "-f", "5001"], range("n", 1, 535, "536")],
-    [["3", "-p", "80"], noPort("80")],
-    [["3", "-p", "65536"], noPort("65536")],
-    [["3", "--port"], noPort("")],
-    [["3", "-f", "x"], range("first", 0, 64511, "x")],
-    [["3", "-p", "65000", "-f", "536"], range("first", 0, 535, "536")],
-    [["3", "-H"], "--hostname needs a value"],
-    [["3", "--delay", "60001"], noDelay("60001")],
-    [["3", "--status=99"], noStatus("99")],
-    [["3", "--status", "503:x"], noPercent("x")],
-    [["-3"], 'unknown option "-3"'],
-    [["3", "--prot=5"], 'unknown option "--prot=5"'],
+  const wrong: [message: string, ...args: string[]][] = [
+    ["n is missing"],
+    ["n is missing", "-v"],
+    ['one n is enough, got "3 4"', "3", "4"],
+    ...["", " 3", "abc", "3.5", "1e3", "0x10", "0", "64513"]
+      .map((n): [string, string] => [noN(n), n]),
+    [noN("-3"), "--", "-3"],
+    [noN("64513"), "64513", "-p0"],
+    [range("n", 1, 1, "2"), "2", "-p", "65535"],
+    [range("n", 1, 535, "536"), "536", "-p", "60000", "-f", "5001"],
+    [noPort("80"), "3", "-p", "80"],
+    [noPort("65536"), "3", "-p", "65536"],
+    [noPort(""), "3", "--port"],
+    [range("first", 0, 64511, "x"), "3", "-f", "x"],
+    [range("first", 0, 535, "536"), "3", "-p", "65000", "-f", "536"],
+    ["--hostname needs a value", "3", "-H"],
+    [noDelay("60001"), "3", "--delay", "60001"],
+    [noStatus("99"), "3", "--status=99"],
+    [noPercent("x"), "3", "--status", "503:x"],
+    ['unknown option "-3"', "-3"],
+    ['unknown option "--prot=5"', "3", "--prot=5"],
   ];
-  for (const [args, message] of wrong) {
+  for (const [message, ...args] of wrong) {
     const stderr = `multiserv: ${message}\nTry --help`;
     const expected = { code: 2, stdout: "", stderr };
     assertEquals(await runMain(...args), expected, args.join(" "));
@@ -308,72 +275,68 @@ test("--help prints the usage, which fits into 80 columns", async () => {
   assertEquals((await runMain("3", "-h")).stdout, stdout);
 });
 
-netTest("servers that cannot start: why, a hint, and exit code 1", async () => {
-  const { port } = await serving(newApps(6), { port: await freePorts(6) });
+netTest("servers that cannot start: why, a hint, exit code 1", async () => {
+  const port = await freePorts(6);
+  await serving(newApps(6), port);
   const failing = async (...args: string[]) => {
     const { code, stdout, stderr } = await runMain("-p", `${port}`, ...args);
     assertEquals([code, stdout], [1, ""]);
     return stderr.split("\n");
   };
-  const taken = [0, 1, 2, 3, 4].map((i) =>
-    `port ${port + i} is already in use`
-  );
-  assertEquals(await failing("6"), [
-    'multiserv: No server started on "127.0.0.1"',
-    ...taken,
-    "… and 1 more",
-    "Try another --port",
-  ]);
-  const reason = "cannot be opened: the address is not on this machine";
+  const head = 'multiserv: No server started on "127.0.0.1"';
+  const taken = (i: number) => `port ${port + i} is already in use`;
+  const all = [head, ...[0, 1, 2, 3, 4].map(taken)];
+  const hint = "Try another --port";
+  assertEquals(await failing("6"), [...all, "… and 1 more", hint]);
+  assertEquals(await failing("5"), [...all, hint]);
   assertEquals(await failing("3", "-H", "192.0.2.1"), [
     'multiserv: No server started on "192.0.2.1"',
-    `port ${port} ${reason}`,
+    `port ${port} cannot be opened: the address is not on this machine`,
     "Try another --hostname",
   ]);
-  // The system's own words, and no hint.
-  const [, why, ...rest] = await failing("3", "-H", "no-such-host.invalid");
-  assertMatch(why ?? "", RegExp(`^port ${port} cannot be opened: .`));
-  assertEquals(rest, []);
-  assertEquals((await failing("3", "-H", "a b")).length, 2);
+  // Of a host that nobody knows, or can: the system's own words, and no hint.
+  for (const host of ["no-such-host.invalid", "a b"]) {
+    const [, why, ...rest] = await failing("3", "-H", host);
+    assertMatch(why ?? "", RegExp(`^port ${port} cannot be opened: .`));
+    assertEquals(rest, []);
+  }
 });
 
 // ---- serveAll ---------------------------------------------------------------
 
-/** Serves apps until the test ends. */
-async function serving(apps: App[], options: ServeAllOptions = { port: 0 }) {
-  const servers = await serveAll(apps, options);
+/** Serves apps until the test ends, on free ports or from one up. */
+async function serving(apps: App[], port = 0, hostname = "127.0.0.1") {
+  const servers = await serveAll(apps, { port, hostname });
   cleanups.push(servers.shutdown);
   const url = servers.urls[0]!;
-  return { ...servers, url, port: portOf(url) };
+  return { ...servers, url, port: Number(new URL(url).port) };
 }
-
-const portOf = (url: string) => Number(new URL(url).port);
-const urlOf = (port: number) => `http://127.0.0.1:${port}`;
 
 /** The first of n free ports in a row, below those that clients are given. */
 async function freePorts(n: number): Promise<number> {
   const port = 11_000 + Math.floor(Math.random() * 20_000);
-  try {
-    await (await serveAll(newApps(n), { port })).shutdown();
+  const starting = serveAll(newApps(n), { port });
+  return await starting.then(async (servers) => {
+    await servers.shutdown();
     return port;
-  } catch {
-    return await freePorts(n);
-  }
+  }, () => freePorts(n));
 }
+
+const urlOf = (port: number) => `http://127.0.0.1:${port}`;
 
 async function get(url: string): Promise<string> {
   waitingFor = url;
   return await (await fetch(url)).text();
 }
 
-const helloApps = (n: number) =>
-  Array.from({ length: n }, (_, i) => appOf(withFaults(handler(i))));
-
 async function assertHello(url: string, i = 0) {
   assertEquals(await get(url), `hello from handler ${i}`);
 }
 
-/** What a stream has brought so far, and a way to wait for more of it. */
+const helloApps = (n: number) =>
+  Array.from({ length: n }, (_, i) => appOf(withFaults(handler(i))));
+
+/** What a stream brings, and a way to wait for it. */
 function received(stream: Readable) {
   let seen = "";
   let isOpen = true;
@@ -406,6 +369,13 @@ async function dial(port: number, bytes = "") {
   return { socket, send, ...received(socket) };
 }
 
+/** Waits until somebody listens, or nobody does any more. */
+async function untilListening(port: number, expected = true) {
+  waitingFor = `port ${port} to ${expected ? "open" : "close"}`;
+  const accepts = () => dial(port).then(() => true, () => false);
+  while (await accepts() !== expected) await sleep(5);
+}
+
 /** The first lines of a request. */
 const head = (line: string, ...headers: string[]) =>
   [`${line} HTTP/1.1`, "host: localhost", ...headers, "\r\n"].join("\r\n");
@@ -416,38 +386,29 @@ const post = (bytes: number) =>
 
 netTest("taken ports: all are named, nothing is left listening", async () => {
   const port = await freePorts(5);
-  await serving(newApps(1), { port: port + 1 });
-  await serving(newApps(1), { port: port + 3 });
-  const { message, errors } = await assertRejects(
-    () => serving(newApps(5), { port }),
-    AggregateError,
-  );
+  await serving(newApps(1), port + 1);
+  await serving(newApps(1), port + 3);
+  const starting = () => serving(newApps(5), port);
+  const { message, errors } = await assertRejects(starting, AggregateError);
   assertEquals(message, 'No server started on "127.0.0.1"');
-  assertEquals(
-    errors.map((
-      error: Error & { cause: { code: string } },
-    ) => [error.message, error.cause.code]),
-    [1, 3].map((i) => [`port ${port + i} is already in use`, "EADDRINUSE"]),
-  );
-  for (const i of [0, 2, 4]) await serving(newApps(1), { port: port + i });
+  assertEquals(errors.length, 2);
+  for (const [k, error] of errors.entries()) {
+    const taken = `port ${port + 2 * k + 1} is already in use`;
+    assertEquals([error.message, error.cause.code], [taken, "EADDRINUSE"]);
+  }
+  for (const i of [0, 2, 4]) await serving(newApps(1), port + i);
 });
 
-netTest(
-  "a failure of another kind ends the start, and stands alone",
-  async () => {
-    const port = 65_535; // the next one does not exist
-    const { errors } = await assertRejects(
-      () => serving(newApps(9), { port }),
-      AggregateError,
-    );
-    assertEquals(errors.length, 1);
-    assertMatch(errors[0].message, /^port 65536 cannot be opened: ./);
-  },
-);
+netTest("any other failure ends the start, and stands alone", async () => {
+  const starting = () => serving(newApps(9), 65_535); // the last port there is
+  const { errors } = await assertRejects(starting, AggregateError);
+  assertEquals(errors.length, 1);
+  assertMatch(errors[0].message, /^port 65536 cannot be opened: ./);
+});
 
 netTest("app i listens on port + i, or each on a free port", async () => {
   const port = await freePorts(3);
-  const { urls } = await serving(helloApps(3), { port });
+  const { urls } = await serving(helloApps(3), port);
   assertEquals(urls, [0, 1, 2].map((i) => urlOf(port + i)));
   await Promise.all(urls.map(assertHello));
 
@@ -456,18 +417,13 @@ netTest("app i listens on port + i, or each on a free port", async () => {
   await Promise.all(free.urls.map(assertHello));
 });
 
-const ipv6 = net && await serveAll(newApps(1), { hostname: "::1", port: 0 })
+const hasIPv6 = net && await serveAll(newApps(1), { port: 0, hostname: "::1" })
   .then((servers) => servers.shutdown()).then(() => true, () => false);
-testIf(ipv6)("IPv6 (needs ::1)", async () => {
-  const { url } = await serving(helloApps(1), { hostname: "::1", port: 0 });
+test("IPv6 (needs ::1)", async () => {
+  const { url } = await serving(helloApps(1), 0, "::1");
   assertMatch(url, /^http:\/\/\[::1\]:\d+$/);
   await assertHello(url);
-});
-
-netTest("localhost is served, whatever address it has", async () => {
-  const options = { hostname: "localhost", port: 0 };
-  await assertHello((await serving(helloApps(1), options)).url);
-});
+}, hasIPv6);
 
 netTest("serves whatever has a fetch", async () => {
   class Counter {
@@ -482,12 +438,11 @@ netTest("serves whatever has a fetch", async () => {
 
 netTest("what goes over the wire", async () => {
   const { port } = await serving(helloApps(1));
-  const close = "connection: close";
   const exchanges: [bytes: string, status: number, greets: boolean][] = [
-    [head("PROPFIND /", close), 200, true],
-    [head("HEAD /", close), 200, false],
-    [head("GET /?status=599", close), 599, true],
-    [head("GET /?status=204", close), 204, false],
+    [head("PROPFIND /", "connection: close"), 200, true],
+    [head("HEAD /", "connection: close"), 200, false],
+    [head("GET /?status=599", "connection: close"), 599, true],
+    [head("GET /?status=204", "connection: close"), 204, false],
     ["GET / HTTP/1.0\r\n\r\n", 200, true],
   ];
   for (const [bytes, status, greets] of exchanges) {
@@ -498,10 +453,7 @@ netTest("what goes over the wire", async () => {
 });
 
 netTest("bodies nobody reads: answered, on the same connection", async () => {
-  const late: Handler = async (c) => {
-    await sleep(1);
-    return c.text("hello");
-  };
+  const late: Handler = (c) => sleep(1).then(() => c.text("hello"));
   for (const app of [...helloApps(1), appOf(late)]) {
     const { port } = await serving([app]);
     const { send, until } = await dial(port);
@@ -512,38 +464,35 @@ netTest("bodies nobody reads: answered, on the same connection", async () => {
   }
 });
 
-netTest("a body that is read, or sent back, is whole", async () => {
+netTest("a body that is read or sent back is whole", async () => {
   const read = appOf(async (c) => c.text(await c.req.text()));
   const echo = appOf((c) => new Response(c.req.raw.body));
-  const answersFirst = Promise.withResolvers<string>();
-  const later = appOf((c) => {
-    c.req.text().then(answersFirst.resolve, answersFirst.reject);
-    return c.text("accepted", 202);
-  });
-  const { urls, port: _ } = await serving([read, echo]);
   const body = "x".repeat(3_000_000);
-  for (const url of urls) {
+  for (const url of (await serving([read, echo])).urls) {
     const response = await fetch(url, { method: "POST", body });
     assert(await response.text() === body);
   }
+  const { promise, resolve, reject } = Promise.withResolvers<string>();
+  const later = appOf((c) => {
+    c.req.text().then(resolve, reject);
+    return c.text("accepted");
+  });
   const { port } = await serving([later]);
-  const request = post(1000);
-  const { send, until } = await dial(port, request.slice(0, -900));
+  const { send, until } = await dial(port, post(1000).slice(0, -900));
   await until("accepted");
-  await send(request.slice(-900));
-  waitingFor = "the rest of the body";
-  assertEquals((await answersFirst.promise).length, 1000);
+  await send("x".repeat(900));
+  assertEquals((await promise).length, 1000);
 });
 
 netTest("a client that has left holds up no shutdown", async () => {
   const arrived = Promise.withResolvers<void>();
-  const app = appOf(withFaults(handler(0)));
-  const fetch = (request: Request) => {
+  const slow = withFaults(handler(0), { delay: 60_000 });
+  const app = appOf((c, next) => {
     arrived.resolve();
-    return app.fetch(request);
-  };
-  const { port, shutdown } = await serving([{ fetch }]);
-  const { socket } = await dial(port, head("GET /?delay=60000"));
+    return slow(c, next);
+  });
+  const { port, shutdown } = await serving([app]);
+  const { socket } = await dial(port, head("GET /"));
   await arrived.promise;
   socket.destroy();
   waitingFor = "shutdown";
@@ -553,14 +502,14 @@ netTest("a client that has left holds up no shutdown", async () => {
 netTest("shutdown answers what is in flight and lets nobody in", async () => {
   const arrived = Promise.withResolvers<void>();
   const release = Promise.withResolvers<void>();
-  cleanups.push(release.resolve);
   const slow = appOf(async (c) => {
     arrived.resolve();
     await release.promise;
     return c.text("at last");
   });
   const apps = [slow, ...helloApps(1)];
-  const servers = await serving(apps, { port: await freePorts(2) });
+  const servers = await serving(apps, await freePorts(2));
+  cleanups.push(release.resolve);
   const answer = get(servers.url);
   await arrived.promise;
   const done: string[] = [];
@@ -569,8 +518,7 @@ netTest("shutdown answers what is in flight and lets nobody in", async () => {
     servers.shutdown(), // again
     servers.finished.then(() => done.push("finished")),
   ];
-  await untilListening(servers.port, false);
-  await untilListening(servers.port + 1, false);
+  for (const i of [0, 1]) await untilListening(servers.port + i, false);
   assertEquals(done, []);
   release.resolve();
   assertEquals(await answer, "at last");
@@ -579,18 +527,11 @@ netTest("shutdown answers what is in flight and lets nobody in", async () => {
   await servers.shutdown();
 });
 
-/** Waits until somebody listens, or nobody does any more. */
-async function untilListening(port: number, expected = true) {
-  waitingFor = `port ${port} to listen: ${expected}`;
-  const accepts = () => dial(port).then(() => true, () => false);
-  while (await accepts() !== expected) await sleep(5);
-}
-
 netTest("silent and kept-alive connections hold up no end", async () => {
-  const { port, ...servers } = await serving(helloApps(2));
-  const idle = await dial(port, head("GET /"));
+  const servers = await serving(helloApps(1));
+  const idle = await dial(servers.port, head("GET /"));
   await idle.until("hello");
-  const silent = await dial(portOf(servers.urls[1]!));
+  const silent = await dial(servers.port);
   waitingFor = "the end of idle connections";
   await servers[Symbol.asyncDispose]();
   await Promise.all([servers.finished, idle.closed, silent.closed]);
@@ -600,15 +541,11 @@ netTest("silent and kept-alive connections hold up no end", async () => {
 
 const here = fileURLToPath(new URL(".", import.meta.url));
 const runtime = process.execPath;
+const command = onDeno
+  ? [runtime, "run", "--allow-net", "multiserv.ts"]
+  : [runtime, "node/multiserv.ts"];
 
-/** The words that run `multiserv` with these arguments. */
-function multiserv(...args: string[]): string[] {
-  return onDeno
-    ? [runtime, "run", "--allow-net", "multiserv.ts", ...args]
-    : [runtime, "node/multiserv.ts", ...args];
-}
-
-/** Starts a command in the repository, which ends with the test. */
+/** Starts words in the repository, which end with the test. */
 function start([file = "", ...args]: string[], stdin: string | null = "") {
   const env = { ...process.env, NO_COLOR: "1", FORCE_COLOR: undefined };
   const child = spawn(file, args, { cwd: here, env });
@@ -616,179 +553,165 @@ function start([file = "", ...args]: string[], stdin: string | null = "") {
   cleanups.push(() => child.kill("SIGKILL") && ended);
   if (stdin !== null) child.stdin.end(stdin); // or else, type there
   const [stdout, stderr] = [received(child.stdout), received(child.stderr)];
-  /** Resolves, after the signal if one is given, to how it ended. */
-  async function end(signal?: NodeJS.Signals) {
-    // With child.kill, Deno would call every end the signal's.
-    if (signal) process.kill(child.pid!, signal);
+  // With child.kill, Deno would call every end the signal's.
+  const kill = (signal: NodeJS.Signals) => process.kill(child.pid!, signal);
+  /** Resolves to how it ended. */
+  async function end() {
     waitingFor = `the end of ${file} ${args.join(" ")}`;
-    const [code, by] = await ended;
+    const [code, signal] = await ended;
     const printed = { stdout: await stdout.all(), stderr: await stderr.all() };
-    return { code: code ?? by, ...printed };
+    return { code: code ?? signal, ...printed };
   }
-  return { child, stdout, stderr, end };
+  return { child, stdout, stderr, kill, end };
 }
 
-/** Starts a command; resolves to its first server's port when n are ready. */
-async function startReady(n: number, words: string[], stdin?: string) {
-  const started = start(words, stdin);
-  await started.stdout.until("\n", n).catch(async () => {
-    throw new Error(await started.stderr.all());
-  });
-  return started;
-}
-
-/** The same in a shell, where `"$@"` is the command. */
+/** The same in a shell, where `"$@"` is the words. */
 const inShell = (
   line: string,
   words: string[],
 ) => ["sh", "-c", line, "sh", ...words];
 
+/** Starts the command on free ports; resolves when its first line has come. */
+async function serve(n: number, ...args: string[]) {
+  const port = await freePorts(n);
+  const started = start([...command, `${n}`, "-p", `${port}`, ...args]);
+  await started.stdout.until("\n").catch(async () => {
+    throw new Error(await started.stderr.all());
+  });
+  return { port, ...started };
+}
+
 const ready = (port: number, n: number, first = 0) =>
   Array.from({ length: n }, (_, k) => first + k)
     .map((i) => `handler ${i} listening on ${urlOf(port + i)}\n`).join("");
+const howToStop = "Press Ctrl+C to stop\n";
+const notice = "Answering requests in flight; Ctrl+C again stops now\n";
 
-runTest(
-  "serves, and answers what is in flight when it is told to stop",
-  async () => {
-    const port = await freePorts(50);
-    const words = multiserv("50", "-p", `${port}`);
-    const { end } = await startReady(50, words);
-    const slow = await Promise.all(
-      Array.from(
-        { length: 50 },
-        (_, i) => dial(port + i, head("GET /?delay=1000")),
-      ),
-    );
-    for (const i of [0, 49]) {
-      await assertHello(urlOf(port + i), i);
-    }
-    const { code, stdout, stderr } = await end("SIGTERM");
-    assertEquals([code, stdout], [0, ready(port, 50)]);
-    const notice = "Answering requests in flight; Ctrl+C again stops now";
-    assertEquals(stderr, `Press Ctrl+C to stop\n${notice}\n`);
-    for (const [i, { all }] of slow.entries()) {
-      assert((await all()).endsWith(`\r\n\r\nhello from handler ${i}`));
-    }
-  },
-);
+runTest("serves, and answers what is in flight when it stops", async () => {
+  const { port, stderr, kill, end } = await serve(50);
+  await stderr.until(howToStop);
+  const slow = Array.from({ length: 50 }, async (_, i) => {
+    const { all } = await dial(port + i, head("GET /?delay=900"));
+    return (await all()).split("\r\n").at(-1);
+  });
+  for (const i of [0, 49]) await assertHello(urlOf(port + i), i);
+  kill("SIGTERM");
+  const printed = { stdout: ready(port, 50), stderr: howToStop + notice };
+  assertEquals(await end(), { code: 0, ...printed });
+  assertEquals(
+    await Promise.all(slow),
+    slow.map((_, i) => `hello from handler ${i}`),
+  );
+});
 
-runTest(
-  "a signal that comes twice at once is one, a later one ends it",
-  async () => {
-    const port = await freePorts(1);
-    for (const signal of ["SIGINT", "SIGTERM"] as const) {
-      const words = multiserv("1", "-p", `${port}`, "--delay", "1500");
-      const { child, end, stderr } = await startReady(1, words);
-      const { all } = await dial(port, head("GET /"));
-      await dial(port, head("GET /?delay=0")).then(({ until }) =>
-        until("hello")
-      );
-      for (let k = 0; k < 3; k++) process.kill(child.pid!, signal);
-      await stderr.until("Ctrl+C again");
-      if (signal === "SIGINT") {
-        assertEquals((await end()).code, 0);
-        assert((await all()).endsWith("hello from handler 0"));
-      } else {
-        assertEquals((await end(signal)).code, signal);
-        assertEquals(await all(), "");
-      }
-    }
-  },
-);
+runTest("a signal that comes twice at once is one", async () => {
+  const { port, kill, end } = await serve(1, "--delay", "300");
+  const answer = get(urlOf(port));
+  await get(`${urlOf(port)}?delay=0`); // so the other has arrived
+  for (let k = 0; k < 3; k++) kill("SIGINT");
+  assertEquals(await answer, "hello from handler 0");
+  assertEquals(await end(), {
+    code: 0,
+    stdout: ready(port, 1),
+    stderr: howToStop,
+  });
+});
 
-runTest(
-  "--first, --delay and --status, and what requests ask for",
-  async () => {
-    const port = await freePorts(5) - 3;
-    const args = ["-f3", "-p", `${port}`, "--status", "503", "--delay=1"];
-    const words = multiserv("2", ...args);
-    const { end } = await startReady(2, words);
-    for (const i of [3, 4]) {
-      const url = `${urlOf(port + i)}/any/path`;
-      await assertAnswers(fetch(url), 503, `hello from handler ${i}`);
-      const asked = fetch(`${url}?status=200`);
-      await assertAnswers(asked, 200, `hello from handler ${i}`);
-    }
-    const { stdout } = await end("SIGINT"); // the first line may be all it knows
-    assertEquals(stdout, ready(port, 2, 3));
-  },
-);
+runTest("another signal, half a second later, ends it", async () => {
+  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+    const { port, stderr, kill, end } = await serve(1);
+    const lost = await dial(port, head("GET /?delay=60000"));
+    await assertHello(urlOf(port));
+    kill("SIGTERM");
+    await stderr.until(notice);
+    kill(signal);
+    assertEquals((await end()).code, signal);
+    assertEquals(await lost.all(), "");
+  }
+});
+
+runTest("--first, --delay, --status, and what requests ask for", async () => {
+  const faults = ["--status", "503", "--delay=1"];
+  const { port: firstPort, kill, end } = await serve(5, "-f3", ...faults);
+  for (const i of [3, 7]) {
+    const url = `${urlOf(firstPort + i)}/any/path`;
+    await assertAnswers(fetch(url), 503, `hello from handler ${i}`);
+    const asked = fetch(`${url}?status=200`);
+    await assertAnswers(asked, 200, `hello from handler ${i}`);
+  }
+  kill("SIGINT");
+  assertEquals((await end()).stdout, ready(firstPort, 5, 3));
+});
 
 runTest("-v logs path and query, and no request makes it throw", async () => {
-  const port = await freePorts(1);
-  const { end } = await startReady(1, multiserv("1", "-vp", `${port}`));
-  const requests: [bytes: string, logged: RegExp | null][] = [
-    ["GET /a?b=c HTTP/1.1\r\nhost: a", /\/a\?b=c 200/],
-    ["GET //b\x7f?\x1b[31m= HTTP/1.1\r\nhost: a", null],
-    ["GET http://a/c?status=503 HTTP/1.1\r\nhost: a", /\/c\?status=503 503/],
-    ["GET http://a?x=/admin HTTP/1.1\r\nhost: a", /\/\?x=\/admin 200/],
-    ["GET /d HTTP/1.1\r\nhost: a?status=503", null],
-    ["GET /e?status=503 HTTP/1.1\r\nhost: a.1", null],
-    ["POST /f HTTP/1.1\r\nhost: 256.1.1.1", null],
-    ["GET http://u:p@h/?delay=1 HTTP/1.1\r\nhost: a", null],
-    ["POST http://u:p@h/ HTTP/1.1\r\nhost: a", null],
-    ["TRACE /?delay=1 HTTP/1.1\r\nhost: a", null],
+  const { port, stderr, kill, end } = await serve(1, "-v");
+  await stderr.until(howToStop);
+  const requests = [
+    "GET /a?b=c HTTP/1.1\r\nhost: a",
+    "GET http://a/c?status=503 HTTP/1.1\r\nhost: a",
+    "GET http://a?x=/admin HTTP/1.1\r\nhost: a",
+    "GET //b\x7f?\x1b[31m= HTTP/1.1\r\nhost: a",
+    "GET /d HTTP/1.1\r\nhost: a?status=503",
+    "GET /e?status=503 HTTP/1.1\r\nhost: a.1",
+    "POST /f HTTP/1.1\r\nhost: 256.1.1.1",
+    "GET http://u:p@h/?delay=1 HTTP/1.1\r\nhost: a",
+    "POST http://u:p@h/ HTTP/1.1\r\nhost: a",
+    "TRACE /?delay=1 HTTP/1.1\r\nhost: a",
+    ...Array.from("@%[^<", (x) => `GET http://a?x=${x} HTTP/1.1\r\nhost: a`),
   ];
-  for (const sign of "@%[^<") {
-    const line = `GET http://a?x=${sign} HTTP/1.1\r\nhost: a`;
-    requests.push([line, null]);
+  for (const request of requests) {
+    const bytes = `${request}\r\nconnection: close\r\n\r\n`;
+    const answer = await (await dial(port, bytes)).all();
+    assertMatch(answer, /^HTTP\/1.1 (200|400|503) |^$/, request);
   }
-  for (const [bytes] of requests) {
-    const { all } = await dial(port, `${bytes}\r\nconnection: close\r\n\r\n`);
-    assertMatch(await all(), /^HTTP\/1.1 (200|400|503) |^$/, bytes);
-  }
-  const { stderr } = await end("SIGTERM");
-  const [hint, ...lines] = stderr.trimEnd().split("\n");
-  assertEquals(hint, "Press Ctrl+C to stop");
+  kill("SIGTERM");
+  const [, ...lines] = (await end()).stderr.trimEnd().split("\n");
   const form = /^handler 0: [A-Z]+ (\?|\/[!-~]*) (200|400|503) \d+ms$/;
   for (const line of lines) assertMatch(line, form);
-  for (const [bytes, logged] of requests) {
-    if (logged) assert(lines.some((line) => logged.test(line)), bytes);
+  const logged = ["/a?b=c 200", "/c?status=503 503", "/?x=/admin 200"];
+  for (const [k, text] of logged.entries()) {
+    assert(lines[k]?.startsWith(`handler 0: GET ${text} `), lines[k]);
   }
 });
 
 runTest("too many open files: the hint names ulimit -n", async () => {
-  const words = multiserv("200", "-p", `${await freePorts(200)}`);
+  const port = await freePorts(200);
+  const words = [...command, "200", "-p", `${port}`];
   const { code, stdout, stderr } = await start(
     inShell('ulimit -n 100; exec "$@"', words),
   ).end();
-  assertEquals([code, stdout], [1, ""]);
-  const reason = "cannot be opened: too many open files";
+  const why = "cannot be opened: too many open files";
   const hint = "Raise ulimit -n or start fewer";
-  assertMatch(
-    stderr,
-    RegExp(`^multiserv: .*\nport \\d+ ${reason}\n${hint}\n$`),
-  );
+  assertMatch(stderr, RegExp(`^multiserv: .*\nport \\d+ ${why}\n${hint}\n$`));
+  assertEquals([code, stdout], [1, ""]);
 });
 
 /** Starts a program that serves an app with a GET, and what is added to it. */
-function startApp(port: number, added: string, shell = ":") {
-  const module = onDeno ? "./multiserv.ts" : "./node/multiserv.ts";
+async function serveApp(added: string, shell = ":") {
+  const port = await freePorts(1);
   const program = `
-    import { handler, newApps, serveAll } from "${module}";
+    import { handler, newApps, serveAll } from "${command.at(-1)}";
     const [app] = newApps(1);
     app.get("/", handler(0));
     ${added}
     await serveAll([app], { port: ${port} });
-    console.log("ready");`;
-  const words = onDeno
-    ? [runtime, "run", "--allow-net", "-"]
-    : [runtime, "--input-type=module", "-"];
-  return startReady(1, inShell(`${shell}; exec "$@"`, words), program);
+    console.log("ready");`.replace('from "', 'from "./');
+  const options = onDeno ? ["run", "--allow-net"] : ["--input-type=module"];
+  const words = inShell(`${shell}; exec "$@"`, [runtime, ...options, "-"]);
+  await start(words, program).stdout.until("ready");
+  return port;
 }
 
 runTest("too many clients: it goes on, and so do uploads", async () => {
-  const port = await freePorts(1);
   const upload = 'app.post("/", async (c) => c.text(await c.req.text()));';
-  await startApp(port, upload, "ulimit -n 64");
-  const request = post(1000);
-  const { send, until } = await dial(port, request.slice(0, -900));
+  const port = await serveApp(upload, "ulimit -n 64");
+  const { send, until } = await dial(port, post(1000).slice(0, -900));
   const crowd = Array.from({ length: 100 }, () => connect(port, "127.0.0.1"));
   const gone = crowd.map((client) => once(client, "close").catch(() => {}));
   waitingFor = "a client to be refused";
   await Promise.race(gone);
   for (const client of crowd) client.destroy();
-  await send(request.slice(-900));
+  await send("x".repeat(900));
   await until("x".repeat(1000));
   let answer: string | undefined;
   while (!answer) answer = await get(urlOf(port)).catch(() => undefined);
@@ -796,60 +719,39 @@ runTest("too many clients: it goes on, and so do uploads", async () => {
 });
 
 runTest("stops at once for who has read but one line", async () => {
-  const words = multiserv("20", "-p", `${await freePorts(20)}`);
-  const { end } = await startReady(1, words);
-  assertEquals((await end("SIGTERM")).code, 0);
+  const { kill, end } = await serve(20);
+  kill("SIGTERM");
+  assertEquals((await end()).code, 0);
 });
 
 /** Whether the machine has what a shell command looks for. */
-function has(line: string): boolean {
-  return run && spawnSync("sh", ["-c", line]).status === 0;
-}
+const has = (line: string) => run && spawnSync("sh", ["-c", line]).status === 0;
 
-const unwritable = "output that cannot be written changes nothing";
-testIf(has("test -c /dev/full"))(
-  `${unwritable} (needs /dev/full)`,
+test(
+  "output that cannot be written changes nothing (needs /dev/full)",
   async () => {
-    for (const spoil of ["closed pipes", ">/dev/full 2>&1", ">&- 2>&-"]) {
+    for (const spoil of ["", ">/dev/full 2>&1", ">&- 2>&-"]) {
       const port = await freePorts(1);
-      const words = multiserv("1", "-v", "-p", `${port}`);
-      const isPipe = spoil === "closed pipes";
-      const { child, end } = start(
-        isPipe ? words : inShell(`exec "$@" ${spoil}`, words),
-      );
-      if (isPipe) child.stdout.destroy();
-      if (isPipe) child.stderr.destroy();
+      const words = [...command, "1", "-v", "-p", `${port}`];
+      const { child, kill, end } = start(inShell(`exec "$@" ${spoil}`, words));
+      child.stdout.destroy(); // a closed pipe
+      child.stderr.destroy();
       await untilListening(port);
       for (let k = 0; k < 3; k++) await assertHello(urlOf(port));
-      assertEquals((await end("SIGTERM")).code, 0, spoil);
+      kill("SIGTERM");
+      assertEquals((await end()).code, 0, spoil);
     }
   },
+  has("test -c /dev/full"),
 );
 
 // ---- What only Deno has -----------------------------------------------------
 
-denoTest("without permission: the flag to add, and exit code 1", async () => {
-  const port = await freePorts(2);
-  // With no flag for permissions, Deno would start Deno with all of them.
-  const words = [runtime, "run", "--deny-ffi", "multiserv.ts"];
-  const { code, stdout, stderr } = await start([...words, "2", "-p", `${port}`])
-    .end();
-  const said = [
-    'multiserv: No server started on "127.0.0.1"',
-    `port ${port} cannot be opened: no network access`,
-    "Allow it: deno run --allow-net\n",
-  ];
-  assertEquals([code, stdout, stderr], [1, "", said.join("\n")]);
-});
-
-const asks = "asks for network access once (needs script)";
-denoTest(asks, async () => {
+denoTest("asks for network access once (needs script)", async () => {
   const port = await freePorts(2);
   const line = `exec "${runtime}" run multiserv.ts 2 -p ${port}`;
-  const { child, stdout, end } = start(
-    ["script", "-qec", line, "/dev/null"],
-    null,
-  );
+  const words = ["script", "-qec", line, "/dev/null"];
+  const { child, stdout, end } = start(words, null);
   await stdout.until("Allow?");
   // Deno drops what is typed too early.
   const typing = setInterval(() => child.stdin.write("y\n"), 100);
@@ -863,14 +765,16 @@ denoTest(asks, async () => {
 denoTest("multiserv.ts alone runs from an empty folder", async () => {
   const port = await freePorts(1);
   // The import map says where to get the packages, nothing else.
-  const line = `map=$PWD/deno.json; folder=$(mktemp -d)
-    trap 'rm -r "$folder"' EXIT
-    cp multiserv.ts "$folder" && cd "$folder" &&
-    "$1" run --allow-net --import-map="$map" multiserv.ts 1 -p ${port} &
-    servers=$!; trap 'kill $servers' TERM; wait; wait $servers`;
-  const { end } = await startReady(1, inShell(line, [runtime]));
+  const line = `map=$PWD/deno.json; cd "$(mktemp -d)" && pwd &&
+    cp "\${map%/*}/multiserv.ts" . &&
+    exec "$1" run --allow-net --import-map="$map" multiserv.ts 1 -p ${port}`;
+  const { stdout, kill, end } = start(inShell(line, [runtime]));
+  await stdout.until("listening");
   await assertHello(urlOf(port));
-  assertEquals((await end("SIGTERM")).stdout, ready(port, 1));
+  kill("SIGTERM");
+  const [folder = "", ...lines] = (await end()).stdout.split("\n");
+  spawnSync("rm", ["-r", folder]);
+  assertEquals(lines.join("\n"), ready(port, 1));
 });
 
 denoTest("a WebSocket is upgraded, whatever its query", async () => {
@@ -891,12 +795,10 @@ denoTest("a WebSocket is upgraded, whatever its query", async () => {
 }, net);
 
 denoTest("a server that ended for another reason starts again", async () => {
-  const port = await freePorts(1);
-  const ending = `app.get("/end", (c) => {
+  const port = await serveApp(`app.get("/end", (c) => {
     Deno.upgradeWebSocket(c.req.raw);
     return c.text("not its answer");
-  });`;
-  await startApp(port, ending);
+  });`);
   const key = "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==";
   const upgrade = ["upgrade: websocket", "connection: upgrade", key];
   await dial(port, head("GET /end", ...upgrade, "sec-websocket-version: 13"));
@@ -906,19 +808,66 @@ denoTest("a server that ended for another reason starts again", async () => {
 });
 
 denoTest("bare deno test passes, and says what needs permissions", async () => {
+  // With no flag for permissions, Deno would start Deno with all of them.
   const { code, stdout } = await start([runtime, "test", "--deny-ffi"]).end();
   assertEquals(code, 0, stdout);
-  const [, ignored] = /0 failed \| (\d+) ignored/.exec(stdout) ?? [];
-  const line = `${ignored} tests need permissions: deno task test`;
-  assert(stdout.includes(line), stdout);
+  const [, n] = /0 failed \| (\d+) ignored/.exec(stdout) ?? [];
+  assert(stdout.includes(`${n} tests need permissions: deno task test\n`));
+});
+
+denoTest("README.md shows what happens", async () => {
+  const readme = await readFile(`${here}README.md`, "utf8");
+  assert(readme.includes(ready(1024, 3) + howToStop));
+  const blocks = readme.split("\n```").filter((_, k) => k % 2 === 1);
+  let lessons = 0;
+  for (const [k, block] of blocks.entries()) {
+    const [language, ...lines] = block.split("\n");
+    const code = lines.join("\n");
+    const [shell, ...printed] = blocks[k + 1]?.split("\n").slice(1) ?? [];
+    if (language === "ts" && shell?.endsWith("lesson.ts")) {
+      const lesson = start([runtime, "run", "--allow-net", "-"], code);
+      const { stdout, stderr } = await lesson.end();
+      assertEquals([stdout, stderr], [`${printed.join("\n")}\n`, ""]);
+      lessons++;
+    }
+    if (language === "ts ignore") {
+      const port = await freePorts(3);
+      const idea = code.replace("1024", `${port}`);
+      start([runtime, "run", "--allow-net", "-"], idea);
+      await untilListening(port + 2);
+      await assertHello(urlOf(port + 2), 2);
+    }
+  }
+  assertEquals(lessons, 4);
+});
+
+denoTest("README.md shows what the command says", async () => {
+  const readme = await readFile(`${here}README.md`, "utf8");
+  const port = await freePorts(3);
+  await serving(newApps(1), port + 1);
+  const denied = ["--deny-net", "multiserv.ts"];
+  const allowed = ["--allow-net", "multiserv.ts"];
+  for (
+    const words of [
+      ["multiserv.ts", "--help"],
+      ["multiserv.ts", "three"],
+      [...denied, "3"],
+      [...allowed, "3", "-p", `${port}`],
+    ]
+  ) {
+    const { stdout, stderr } = await start([runtime, "run", ...words]).end();
+    const said = (stdout + stderr).replace(`${port + 1}`, "1025");
+    const line = words.join(" ").replace(` -p ${port}`, "");
+    assert(readme.includes(`$ deno run ${line}\n${said}`), said);
+  }
 });
 
 // ---- Benchmarks: deno task bench --------------------------------------------
 
 type Shutdown = () => Promise<unknown>;
-type Serve = (n: number, port: number) => Shutdown | Promise<Shutdown>;
+type Contestant = (n: number, port: number) => Shutdown | Promise<Shutdown>;
 
-const contestants: Record<string, Serve> = {
+const contestants: Record<string, Contestant> = {
   "bare Deno.serve"(n, port) {
     const servers = Array.from({ length: n }, (_, i) => {
       const options = { hostname: "127.0.0.1", port: port + i, onListen() {} };
@@ -934,14 +883,14 @@ const contestants: Record<string, Serve> = {
   },
 };
 
-for (const [name, serve] of Object.entries(contestants)) {
+for (const [name, contestant] of Object.entries(contestants)) {
   const baseline = name === "bare Deno.serve";
   const requests = { "GET": head("GET /"), "POST of 1 KB": post(1024) };
   for (const [kind, bytes] of Object.entries(requests)) {
     const group = `2000 times ${kind}`; // 100 on each of 20 connections
     Deno.bench(`${group}, ${name}`, { group, baseline }, async (b) => {
       const port = await freePorts(1);
-      const shutdown = await serve(1, port);
+      const shutdown = await contestant(1, port);
       const dialled = Array.from({ length: 20 }, () => dial(port));
       const clients = await Promise.all(dialled);
       b.start();
@@ -957,7 +906,7 @@ for (const [name, serve] of Object.entries(contestants)) {
   const start = { group: "start of 10,000 servers", baseline, n: 5, warmup: 1 };
   Deno.bench(`${start.group}, ${name}`, start, async (b) => {
     b.start();
-    const shutdown = await serve(10_000, 20_000);
+    const shutdown = await contestant(10_000, 20_000);
     b.end();
     await shutdown();
   });

@@ -17,7 +17,7 @@ export const options = { overrideGlobalObjects: false };
  * somebody looks would fail there: a host like a.1, or a user's name.
  */
 const isPossible = (url: string) =>
-  URL.canParse(url) && !/^https?:\/\/[^/]*@/.test(url);
+  URL.canParse(url) && !/^https?:\/\/[^/?#]*@/.test(url);
 
 /** Answers for a handler that throws, or a request that cannot reach it. */
 function errorHandler(error: unknown): Response {
@@ -64,7 +64,7 @@ async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
   server.on("error", () => {}); // a client it could not accept; it goes on
   const { address, port: itsPort } = server.address() as AddressInfo;
   return {
-    addr: { transport: "tcp", hostname: address, port: itsPort },
+    addr: { hostname: address, port: itsPort },
     finished: closed,
     shutdown() {
       server.close();
@@ -78,6 +78,6 @@ async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
 export const Deno = {
   addSignalListener: process.on.bind(process),
   removeSignalListener: process.off.bind(process),
-  permissions: { request() {} }, // Node asks nobody
+  permissions: { async request() {} }, // Node asks nobody
   serve,
 };

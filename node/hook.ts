@@ -5,6 +5,7 @@ import { registerHooks } from "node:module";
 
 const program = new URL("../multiserv.ts", import.meta.url).href;
 const shim = new URL("deno.ts", import.meta.url).href;
+const shimmed = `import { Deno } from "${shim}";`;
 const config = new URL("../deno.json", import.meta.url);
 const imports: Record<string, string> =
   JSON.parse(readFileSync(config, "utf8")).imports;
@@ -21,10 +22,7 @@ registerHooks({
     const loaded = nextLoad(url, context);
     if (url !== program) return loaded;
     // In place of the shebang, so that all lines keep their numbers.
-    const source = `${loaded.source}`.replace(
-      /^#!.*/,
-      `import { Deno } from "${shim}";`,
-    );
+    const source = `${loaded.source}`.replace(/^#!.*/, () => shimmed);
     return { ...loaded, source };
   },
 });

@@ -6,16 +6,10 @@
  * @module
  */
 import process from "node:process";
+import { options } from "./deno.ts";
+import "./hook.ts";
 
-const [major = 0, minor = 0] = process.versions.node.split(".").map(Number);
-if (major < 22 || major === 22 && minor < 18) {
-  console.error(
-    `multiserv: needs Node 22.18 or newer, this is ${process.versions.node}`,
-  );
-  process.exit(1);
-}
-
-await import("./hook.ts"); // first: what comes later needs it
+// Not before the hook is there, as a static import would be.
 const program = await import("../multiserv.ts");
 
 export type {
@@ -27,7 +21,6 @@ export type {
 export const { handler, newApps, serveAll, withFaults } = program;
 
 if (import.meta.main) {
-  const { options } = await import("./deno.ts");
   options.overrideGlobalObjects = true; // saves a third of the CPU time
   // As on Deno, the servers outlive who reads what they print.
   process.stdout.on("error", () => {});

@@ -123,15 +123,6 @@ test("the test of README.md passes where the folder is installed", async (t) => 
   assert.match(stdout, /^# pass 1$/m);
 });
 
-test("too old a Node is told so in one line", async (t) => {
-  const program = `
-    Object.defineProperty(process.versions, "node", { value: "22.17.1" });
-    await import("./node/multiserv.ts");`;
-  const stderr = "multiserv: needs Node 22.18 or newer, this is 22.17.1\n";
-  const expected = { code: 1, stdout: "", stderr };
-  assert.deepEqual(await evaluate(t, program), expected);
-});
-
 test("Node gets the same versions of the packages as Deno", async () => {
   const read = async (path: string) =>
     JSON.parse(await readFile(join(root, path), "utf8"));
