@@ -193,6 +193,7 @@ const nonsense = {
   "delay=-1": noDelay("-1"),
   "delay=60001": noDelay("60001"),
   "delay=1e3": noDelay("1e3"),
+  "delay=%0Aline": noDelay("\\nline"),
   "status=": noStatus(""),
   "status=199": noStatus("199"),
   "status=600": noStatus("600"),
@@ -354,7 +355,8 @@ function received(stream: Readable) {
       await Promise.race([once(stream, "data"), closed]);
     }
   }
-  return { until, closed, all: () => closed.then(() => seen) };
+  const all = () => closed.then(() => seen);
+  return { until, closed, all, seen: () => seen };
 }
 
 /** Opens a connection that ends with the test, and sends bytes over it. */
@@ -400,10 +402,24 @@ netTest("taken ports: all are named, nothing is left listening", async () => {
 });
 
 netTest("any other failure ends the start, and stands alone", async () => {
-  const starting = () => serving(newApps(9), 65_535); // the last port there is
+  const port = 65_535; // the last one there is, taken by now or before
+  await serving(newApps(1), port).catch(() => {});
+  const starting = () => serving(newApps(9), port);
   const { errors } = await assertRejects(starting, AggregateError);
   assertEquals(errors.length, 1);
   assertMatch(errors[0].message, /^port 65536 cannot be opened: ./);
+});
+
+netTest("without options it is 127.0.0.1, from port 1024 up", async () => {
+  const starting = serveAll(newApps(1));
+  const { urls, message, errors } = await starting.catch((error) => error);
+  if (urls) {
+    await (await starting).shutdown();
+    assertEquals(urls, ["http://127.0.0.1:1024"]);
+  } else {
+    assertEquals(message, 'No server started on "127.0.0.1"');
+    assertMatch(errors[0].message, /^port 1024 /);
+  }
 });
 
 netTest("app i listens on port + i, or each on a free port", async () => {
@@ -574,7 +590,7 @@ const inShell = (
 /** Starts the command on free ports; resolves when its first line has come. */
 async function serve(n: number, ...args: string[]) {
   const port = await freePorts(n);
-  const started = start([...command, `${n}`, "-p", `${port}`, ...args]);
+  const started = start([...command, "-p", `${port}`, ...args, `${n}`]);
   await started.stdout.until("\n").catch(async () => {
     throw new Error(await started.stderr.all());
   });
@@ -686,25 +702,39 @@ runTest("too many open files: the hint names ulimit -n", async () => {
   assertEquals([code, stdout], [1, ""]);
 });
 
-/** Starts a program that serves an app with a GET, and what is added to it. */
-async function serveApp(added: string, shell = ":") {
-  const port = await freePorts(1);
+/** Starts a program that serves an app; resolves to its port, and ways on. */
+async function serveApp(routes: string, shell = ":") {
   const program = `
-    import { handler, newApps, serveAll } from "${command.at(-1)}";
+    import { handler, newApps, serveAll } from "./${command.at(-1)}";
     const [app] = newApps(1);
     app.get("/", handler(0));
-    ${added}
-    await serveAll([app], { port: ${port} });
-    console.log("ready");`.replace('from "', 'from "./');
+    app.get("/stop", (c) => {
+      servers.shutdown();
+      return c.text("stopping");
+    });
+    ${routes}
+    const servers = await serveAll([app], { port: 0 });
+    console.log(servers.urls[0] + "/");
+    await servers.finished;
+    console.log("finished");`;
   const options = onDeno ? ["run", "--allow-net"] : ["--input-type=module"];
   const words = inShell(`${shell}; exec "$@"`, [runtime, ...options, "-"]);
-  await start(words, program).stdout.until("ready");
-  return port;
+  const started = start(words, program);
+  await started.stdout.until("/\n");
+  return { port: Number(started.stdout.seen().match(/\d+(?=\/)/)), ...started };
 }
 
-runTest("too many clients: it goes on, and so do uploads", async () => {
-  const upload = 'app.post("/", async (c) => c.text(await c.req.text()));';
-  const port = await serveApp(upload, "ulimit -n 64");
+runTest("too many clients: it goes on with what it has begun", async () => {
+  const { port, end } = await serveApp(
+    `app.post("/", async (c) => c.text(await c.req.text()));
+    app.get("/slow", async (c) => {
+      await new Promise((done) => setTimeout(done, 1500));
+      console.log("answered");
+      return c.text("slow");
+    });`,
+    "ulimit -n 64",
+  );
+  const slow = await dial(port, head("GET /slow"));
   const { send, until } = await dial(port, post(1000).slice(0, -900));
   const crowd = Array.from({ length: 100 }, () => connect(port, "127.0.0.1"));
   const gone = crowd.map((client) => once(client, "close").catch(() => {}));
@@ -716,6 +746,9 @@ runTest("too many clients: it goes on, and so do uploads", async () => {
   let answer: string | undefined;
   while (!answer) answer = await get(urlOf(port)).catch(() => undefined);
   assertEquals(answer, "hello from handler 0");
+  await get(`${urlOf(port)}/stop`);
+  await slow.until("slow");
+  assertMatch((await end()).stdout, /answered\nfinished\n$/);
 });
 
 runTest("stops at once for who has read but one line", async () => {
@@ -749,7 +782,8 @@ test(
 
 denoTest("asks for network access once (needs script)", async () => {
   const port = await freePorts(2);
-  const line = `exec "${runtime}" run multiserv.ts 2 -p ${port}`;
+  const host = hasIPv6 ? "::1" : "127.0.0.1";
+  const line = `exec "${runtime}" run multiserv.ts 2 -p ${port} -H ${host}`;
   const words = ["script", "-qec", line, "/dev/null"];
   const { child, stdout, end } = start(words, null);
   await stdout.until("Allow?");
@@ -795,16 +829,22 @@ denoTest("a WebSocket is upgraded, whatever its query", async () => {
 }, net);
 
 denoTest("a server that ended for another reason starts again", async () => {
-  const port = await serveApp(`app.get("/end", (c) => {
+  const { port, stdout } = await serveApp(`app.get("/end", (c) => {
     Deno.upgradeWebSocket(c.req.raw);
+    if (c.req.query("stop")) setTimeout(servers.shutdown, 5);
     return c.text("not its answer");
   });`);
-  const key = "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==";
-  const upgrade = ["upgrade: websocket", "connection: upgrade", key];
-  await dial(port, head("GET /end", ...upgrade, "sec-websocket-version: 13"));
+  const ending = (path: string) => {
+    const key = "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==";
+    const upgrade = ["upgrade: websocket", "connection: upgrade", key];
+    return head(`GET ${path}`, ...upgrade, "sec-websocket-version: 13");
+  };
+  await dial(port, ending("/end"));
   await untilListening(port, false);
   await untilListening(port);
   await assertHello(urlOf(port));
+  await dial(port, ending("/end?stop=1")); // it must not start once more
+  await stdout.until("finished");
 });
 
 denoTest("bare deno test passes, and says what needs permissions", async () => {
