@@ -19,8 +19,9 @@ registerHooks({
     return nextResolve(found, { ...context, parentURL: import.meta.url });
   },
   load(url, context, nextLoad) {
-    const loaded = nextLoad(url, context);
-    if (url !== program) return loaded;
+    if (url !== program) return nextLoad(url, context);
+    // A package.json above, or tsx, might take it for CommonJS.
+    const loaded = nextLoad(url, { ...context, format: "module-typescript" });
     // In place of the shebang, so that all lines keep their numbers.
     const source = `${loaded.source}`.replace(/^#!.*/, () => shimmed);
     return { ...loaded, source };
