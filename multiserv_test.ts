@@ -529,7 +529,7 @@ runTest("stops at once for who has read but one line", async () => {
 });
 
 runTest("a signal that comes half a second later ends it", async () => {
-  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+  const ended = (["SIGINT", "SIGTERM"] as const).map(async (signal) => {
     const { port, stderr, kill, end } = await serve(1);
     const lost = await dial(port, head("GET /?delay=60000"));
     await assertHello(urlOf(port)); // so the slow request has arrived
@@ -538,7 +538,8 @@ runTest("a signal that comes half a second later ends it", async () => {
     kill(signal);
     assertEquals((await end()).code, signal);
     assertEquals(await lost.all(), "");
-  }
+  });
+  await Promise.all(ended);
 });
 
 runTest("--first, --delay, --status, and what requests ask for", async () => {
@@ -596,7 +597,8 @@ runTest("too many open files: the hint names ulimit -n", async () => {
 const has = (line: string) => run && spawnSync("sh", ["-c", line]).status === 0;
 
 test("no output, no matter (needs /dev/full)", async () => {
-  for (const spoil of ["", ">/dev/full 2>&1", ">&- 2>&-"]) {
+  const spoils = ["", ">/dev/full 2>&1", ">&- 2>&-"];
+  await Promise.all(spoils.map(async (spoil) => {
     const port = await freePorts(3);
     const line = `exec "$@" 3 -v -p ${port} ${spoil}`;
     const { child, kill, end } = start(inShell(line, command));
@@ -606,7 +608,7 @@ test("no output, no matter (needs /dev/full)", async () => {
     for (let k = 0; k < 3; k++) await assertHello(urlOf(port));
     kill("SIGTERM");
     assertEquals((await end()).code, 0, spoil);
-  }
+  }));
 }, has("test -c /dev/full"));
 
 /** Starts a program that has few files to open, and a server that can end. */

@@ -22,8 +22,6 @@ export const { handler, newApps, serveAll, withFaults } = program;
 
 if (import.meta.main) {
   options.overrideGlobalObjects = true; // saves a third of the CPU time
-  // As on Deno, the servers outlive who reads what they print.
-  process.stdout.on("error", () => {});
-  process.stderr.on("error", () => {});
+  process.stderr.on("error", () => {}); // nobody reads the log any more
   process.exit(await program.main(process.argv.slice(2)));
 }
