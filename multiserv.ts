@@ -134,7 +134,7 @@ async function listenAndServe(hostname: string, port: number, app: App) {
     while (!stopping) {
       await sleep(pause);
       if (stopping) return;
-      pause = Math.min(2 * pause, 1000);
+      const since = performance.now();
       try {
         const server = await start();
         started.push(server);
@@ -142,6 +142,8 @@ async function listenAndServe(hostname: string, port: number, app: App) {
       } catch {
         // It could not listen, or not accept, once more.
       }
+      const isSoon = performance.now() - since < 1000;
+      pause = isSoon ? Math.min(2 * pause, 1000) : 5;
     }
   }
   async function shutdown() {
@@ -164,6 +166,7 @@ function answer(app: App, request: Request, info: object) {
   if (request.method === "GET" || !onDeno) return response;
 
   function discardBody(response: Response) {
+    if (response.status === STATUS_CODE.SwitchingProtocols) return response;
     // Not what is sent back. Where somebody still reads it, cancel rejects.
     if (request.body !== response.body) request.body?.cancel().catch(() => {});
     return response;
@@ -233,6 +236,7 @@ export function withFaults(handler: Handler, faults: Faults = {}): Handler {
   const { status, percent = 100, ...others } = faults;
   const texts = status === undefined ? {} : { status: `${status}:${percent}` };
   const usual = parseFaults({ ...others, ...texts });
+  parseNumber("percent of status", percent, 0, 100); // without one, too
   const isPlain = Object.keys(usual).length === 0;
 
   const faulty: Handler = async (c, next) => {

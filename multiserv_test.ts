@@ -200,6 +200,7 @@ test("faults that make no sense are a RangeError at once", () => {
     [{ status: 99 }, noStatus("99")],
     [{ status: 0.5 }, noStatus("0.5")],
     [{ status: 503, percent: 101 }, noPercent("101")],
+    [{ percent: -1 }, noPercent("-1")],
   ];
   for (const [faults, message] of nonsense) {
     assertThrows(() => faultyApp(faults), RangeError, message);
@@ -656,10 +657,11 @@ runTest("too many clients: it goes on with what it has begun", async () => {
 
 // ---- What only Deno has -----------------------------------------------------
 
+const key = "sec-websocket-key: any";
+const upgrade = ["upgrade: websocket", "connection: upgrade", key];
+
 denoTest("a server that ended for another reason starts again", async () => {
   const { url, port, stdout } = await serveCrowded();
-  const key = "sec-websocket-key: any";
-  const upgrade = ["upgrade: websocket", "connection: upgrade", key];
   await dial(port, head("GET /end", ...upgrade));
   await stdout.until("ended");
   await untilAnswering(url);
@@ -702,7 +704,7 @@ denoTest("a WebSocket is upgraded, whatever its query", async () => {
     socket.onopen = () => socket.send("hello");
     return response;
   };
-  const { url } = await serving([appOf(withFaults(chat))]);
+  const { url, port } = await serving([appOf(withFaults(chat))]);
   for (const query of ["?token=abc", "?status=503"]) {
     const socket = new WebSocket(url.replace("http", "ws") + query);
     const [message] = await once(socket, "message");
@@ -710,6 +712,9 @@ denoTest("a WebSocket is upgraded, whatever its query", async () => {
     socket.close();
     await once(socket, "close");
   }
+  const { socket, until } = await dial(port, head("POST /", ...upgrade));
+  await until("HTTP/1.1 101 ");
+  await once(socket.end(), "close");
 }, net);
 
 denoTest("bare deno test passes, and says what needs permissions", async () => {

@@ -8,6 +8,7 @@ import { once } from "node:events";
 import { createServer, type ServerResponse } from "node:http";
 import type { AddressInfo, Socket } from "node:net";
 import process from "node:process";
+import { setTimeout as sleep } from "node:timers/promises";
 
 /** Of a process of its own, the command may replace Request and Response. */
 export const options = { overrideGlobalObjects: false };
@@ -59,19 +60,23 @@ async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
   });
   const closed = new Promise<void>((resolve) => server.once("close", resolve));
 
+  if (hostname === "") throw new TypeError("invalid empty host"); // not all
   server.listen({ host: hostname, port });
   await once(server, "listening");
   server.on("error", () => {}); // a client it could not accept; it goes on
   const { address, port: itsPort } = server.address() as AddressInfo;
+  let closing: Promise<void> | undefined;
+  async function close() {
+    await sleep(10); // to read the requests that have been sent
+    server.close();
+    // Without this it would wait for clients that keep their connection.
+    for (const socket of sockets) closeWhenIdle(socket);
+    await closed;
+  }
   return {
     addr: { hostname: address, port: itsPort },
     finished: closed,
-    shutdown() {
-      server.close();
-      // Without this it would wait for clients that keep their connection.
-      for (const socket of sockets) closeWhenIdle(socket);
-      return closed;
-    },
+    shutdown: () => closing ??= close(),
   };
 }
 

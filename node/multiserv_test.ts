@@ -270,6 +270,19 @@ test("forgets a connection that has closed", async (t) => {
   assert.equal(mock.callCount(), 0);
 });
 
+test("a request that has just been sent is answered", async (t) => {
+  const { url, shutdown } = await serving(t);
+  const socket = await dial(t, url);
+  socket.write(head("GET /"));
+  const [answer] = await Promise.all([text(socket), shutdown()]);
+  assert.match(answer, /hello from handler 0$/);
+});
+
+test("no host name does not mean all addresses", async () => {
+  const starting = serveAll([helloApp], { port: 0, hostname: "" });
+  await assert.rejects(starting, { message: 'No server started on ""' });
+});
+
 test("pipelined requests are all answered before it stops", async (t) => {
   const { url, shutdown } = await serving(t);
   const slow = head("GET /?delay=100");
