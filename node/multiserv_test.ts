@@ -100,6 +100,22 @@ test("the test of README.md passes where the folder is installed", async (t) => 
   assert.match(stdout, /^# pass 1$/m);
 });
 
+test("runs below a package.json for CommonJS", async (t) => {
+  const paths = ["deno.ts", "hook.ts", "multiserv.ts", "package.json"]
+    .map((path) => `node/${path}`).concat("deno.json", "multiserv.ts");
+  const contents = paths.map(async (path) =>
+    [path, await fs.readFile(join(root, path), "utf8")] as const
+  );
+  const folder = await project(t, {
+    "package.json": `{ "type": "commonjs" }`,
+    ...Object.fromEntries(await Promise.all(contents)),
+  });
+  const modules = "node/node_modules";
+  await fs.symlink(join(root, modules), join(folder, modules));
+  const { stderr } = await launch(t, join(folder, "node/multiserv.ts"));
+  assert.equal(stderr, "multiserv: n is missing\nTry --help\n");
+});
+
 test("Node gets the same versions of the packages as Deno", async () => {
   const read = async (path: string) =>
     JSON.parse(await fs.readFile(join(root, path), "utf8"));
