@@ -84,7 +84,7 @@ export async function serveAll(
       if (failure === failures.EADDRINUSE) {
         errors.push(error); // other ports may be taken, too
       } else {
-        errors = [error]; // no other port would do better
+        errors = [error]; // another port would not do better
         break;
       }
     }
@@ -166,6 +166,7 @@ function answer(app: App, request: Request, info: object) {
   if (request.method === "GET" || !onDeno) return response;
 
   function discardBody(response: Response) {
+    // A WebSocket took the body over.
     if (response.status === STATUS_CODE.SwitchingProtocols) return response;
     // Not what is sent back. Where somebody still reads it, cancel rejects.
     if (request.body !== response.body) request.body?.cancel().catch(() => {});
@@ -234,9 +235,9 @@ export interface Faults {
  */
 export function withFaults(handler: Handler, faults: Faults = {}): Handler {
   const { status, percent = 100, ...others } = faults;
+  parseNumber("percent of status", percent, 0, 100);
   const texts = status === undefined ? {} : { status: `${status}:${percent}` };
-  const usual = parseFaults({ ...others, ...texts });
-  parseNumber("percent of status", percent, 0, 100); // without one, too
+  const usual = parseFaults({ ...others, ...texts }); // as a query has them
   const isPlain = Object.keys(usual).length === 0;
 
   const faulty: Handler = async (c, next) => {
