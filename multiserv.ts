@@ -274,6 +274,15 @@ function parseFaults(given: { [name in keyof Faults]: unknown }) {
   return faults;
 }
 
+/** @throws {RangeError} Unless it is such a number, in digits alone */
+function parseNumber(name: string, given: unknown, min: number, max: number) {
+  const text = `${given}`;
+  const value = Number(text);
+  if (/^\d+$/.test(text) && value >= min && value <= max) return value;
+  const range = `a whole number from ${min} to ${max}`;
+  throw new RangeError(`${name} must be ${range}, got ${JSON.stringify(text)}`);
+}
+
 const { NoContent, ResetContent, NotModified } = STATUS_CODE;
 const statusesWithoutBody: number[] = [NoContent, ResetContent, NotModified];
 
@@ -379,15 +388,6 @@ function parse(args: string[]) {
   const n = parseNumber("n", words[0], 1, 65536 - lowest - first);
   const firstPort = port === 0 ? 0 : port + first;
   return { ...flags, n, first, port: firstPort, faults: parseFaults(flags) };
-}
-
-/** @throws {RangeError} Unless it is such a number, in digits alone */
-function parseNumber(name: string, given: unknown, min: number, max: number) {
-  const text = `${given}`;
-  const value = Number(text);
-  if (/^\d+$/.test(text) && value >= min && value <= max) return value;
-  const range = `a whole number from ${min} to ${max}`;
-  throw new RangeError(`${name} must be ${range}, got ${JSON.stringify(text)}`);
 }
 
 /** Logs every request: path and query only, percent-encoded. */

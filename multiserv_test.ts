@@ -301,6 +301,7 @@ async function freePorts(n: number): Promise<number> {
 }
 
 const urlOf = (port: number) => `http://127.0.0.1:${port}`;
+
 async function get(url: string): Promise<string> {
   waitingFor = url;
   return await (await fetch(url)).text();
@@ -568,14 +569,13 @@ runTest("-v logs path and query, and no request makes it throw", async () => {
     "GET /d HTTP/1.1\r\nhost: a?status=503",
     "GET /e?status=503 HTTP/1.1\r\nhost: a.1",
     "GET http://u:p@h/?delay=1 HTTP/1.1\r\nhost: a",
-    "GET http://a?x=@ HTTP/1.1\r\nhost: a",
-    "GET http://a?x=% HTTP/1.1\r\nhost: a",
     "TRACE /?delay=1 HTTP/1.1\r\nhost: a",
+    ...Array.from("@%[^<", (x) => `GET http://a?x=${x} HTTP/1.1\r\nhost: a`),
   ];
   for (const request of requests) {
     const bytes = `${request}\r\nconnection: close\r\n\r\n`;
     const answer = await dial(port, bytes);
-    assertMatch(await answer.all(), /^HTTP\/1.1 (200|400|503) |^$/, request);
+    assertMatch(await answer.all(), /^HTTP\/1.1 (200|400|503) /, request);
   }
   kill("SIGTERM");
   const log = (await end()).stderr.slice(howToStop.length);
@@ -719,14 +719,8 @@ denoTest("a WebSocket is upgraded, whatever its query", async () => {
 
 denoTest("bare deno test passes, and says what needs permissions", async () => {
   // With no flag for permissions, Deno would start Deno with all of them.
-  const words = [
-    runtime,
-    "test",
-    "--no-check",
-    "--deny-ffi",
-    "multiserv_test.ts",
-  ];
-  const { code, stdout } = await start(words).end();
+  const options = ["--no-check", "--deny-ffi", "multiserv_test.ts"];
+  const { code, stdout } = await start([runtime, "test", ...options]).end();
   assertEquals(code, 0, stdout);
   const [, n] = /0 failed \| (\d+) ignored/.exec(stdout) ?? [];
   assert(stdout.includes(`${n} tests need permissions: deno task test\n`));
@@ -748,8 +742,8 @@ denoTest("README.md shows what its programs do", async () => {
   assertEquals(lessons.length, 4);
   for (const lesson of lessons) {
     const [, , ...shown] = blocks[blocks.indexOf(lesson) + 1]!;
-    const { stdout, stderr } = await start(onStdin, lesson.slice(1).join("\n"))
-      .end();
+    const program = lesson.slice(1).join("\n");
+    const { stdout, stderr } = await start(onStdin, program).end();
     assertEquals([stdout.trimEnd(), stderr], [shown.join("\n"), ""]);
   }
   const port = await freePorts(3);
@@ -813,7 +807,7 @@ for (const [name, contestant] of Object.entries(contestants)) {
         return until("hello from handler 0", 100);
       }));
       b.end();
-      for (const { socket } of clients) socket.destroy();
+      for (const cleanup of cleanups.splice(0)) cleanup(); // hangs up
       await shutdown();
     });
   }

@@ -45,6 +45,7 @@ type Fetch = (
 
 /** `Deno.serve`, but that it returns a promise: resolves once it listens. */
 async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
+  if (hostname === "") throw new TypeError("invalid empty host"); // not all
   const listener = getRequestListener(
     (request, env) => {
       if (!isPossible(request.url)) throw new RequestError("Invalid URL");
@@ -60,7 +61,6 @@ async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
   });
   const closed = new Promise<void>((resolve) => server.once("close", resolve));
 
-  if (hostname === "") throw new TypeError("invalid empty host"); // not all
   server.listen({ host: hostname, port });
   await once(server, "listening");
   server.on("error", () => {}); // a client it could not accept; it goes on
