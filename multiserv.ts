@@ -14,7 +14,7 @@ import { STATUS_CODE } from "jsr:@std/http@^1/status";
 import { type Handler, Hono } from "npm:hono@^4";
 
 // ---- 1. The lesson ----------------------------------------------------------
-// The Go program and nothing else: n apps, and for each a handler and a server.
+// The parts of the Go program, in its order: n apps, a handler and a server each.
 
 /** Makes n Hono apps, each a router without routes. Go: `newMuxers`. */
 export function newApps(n: number): Hono[] {
@@ -26,8 +26,11 @@ export function handler(i: number): Handler {
   return (c) => c.text(`hello from handler ${i}`);
 }
 
-/** A Hono app, or anything else with its `fetch`. Go: `http.Handler`. */
-export type App = Pick<Hono, "fetch">;
+/** A Hono app, or anything else that can `fetch`. Go: `http.Handler`. */
+export interface App {
+  /** Answers a request; `info` is what the runtime knows of it. */
+  fetch(request: Request, info: object): Response | Promise<Response>;
+}
 
 /** Options of {@linkcode serveAll}. */
 export interface ServeAllOptions {
@@ -79,9 +82,9 @@ export async function serveAll(
       // Waits until this one listens, not until it ends: all serve at once.
       servers.push(await listenAndServe(hostname, itsPort, app));
     } catch (cause) {
-      const failure = explain(cause);
-      const error = new Error(`port ${itsPort} ${failure.reason}`, { cause });
-      if (failure === failures.EADDRINUSE) {
+      const { code, reason } = explain(cause);
+      const error = new Error(`port ${itsPort} ${reason}`, { cause });
+      if (code === "EADDRINUSE") {
         errors.push(error); // other ports may be taken, too
       } else {
         errors = [error]; // another port would not do better
@@ -107,10 +110,15 @@ export async function serveAll(
 }
 
 // ---- 2. One server ----------------------------------------------------------
-// Like Go's and unlike Deno.serve, it goes on after a failed accept, and keeps
-// a connection whose request had a body that nobody read.
+// Unlike Deno.serve, and like Go, it goes on after a failed accept, and keeps a
+// connection whose request had a body that nobody read (Go: of up to 256 KB).
 
-type Server = Awaited<ReturnType<typeof listenAndServe>>;
+/** What `listenAndServe` resolves to. */
+interface Server {
+  url: string;
+  finished: Promise<void>;
+  shutdown(): Promise<void>;
+}
 
 /**
  * Starts one server; resolves once it listens. Go: `http.ListenAndServe`, which
@@ -129,18 +137,21 @@ async function listenAndServe(hostname: string, port: number, app: App) {
 
   // A Deno server ends when it cannot accept a connection, for want of open
   // files perhaps. It still answers what it has accepted; another takes over.
-  async function takeOver() {
+  async function takeOver(error: unknown) {
     let pause = 5; // milliseconds; doubles up to a second, as Go's does
     while (!stopping) {
+      const why = error instanceof Error ? `: ${error.message}` : "";
+      print(`port ${addr.port} is not listening${why}; trying again`);
       await sleep(pause);
       if (stopping) return;
       const since = performance.now();
       try {
+        error = undefined;
         const server = await start();
         started.push(server);
-        await server.finished;
-      } catch {
-        // It could not listen, or not accept, once more.
+        if (!stopping) await server.finished;
+      } catch (cause) {
+        error = cause; // it could not listen, or not accept, once more
       }
       const isSoon = performance.now() - since < 1000;
       pause = isSoon ? Math.min(2 * pause, 1000) : 5;
@@ -157,24 +168,14 @@ async function listenAndServe(hostname: string, port: number, app: App) {
   };
 }
 
-const onDeno = navigator.userAgent.startsWith("Deno");
-
-/** Answers, then discards what is left of the request's body. */
+/** Lets the app answer, on a connection that can be used again. */
 function answer(app: App, request: Request, info: object) {
-  const response = app.fetch(request, info);
-  // Deno would close the connection. Node reads on, as Go does.
-  if (request.method === "GET" || !onDeno) return response;
-
-  function discardBody(response: Response) {
-    // A WebSocket took the body over.
-    if (response.status === STATUS_CODE.SwitchingProtocols) return response;
-    // Not what is sent back. Where somebody still reads it, cancel rejects.
-    if (request.body !== response.body) request.body?.cancel().catch(() => {});
-    return response;
-  }
-  return response instanceof Promise
-    ? response.then(discardBody)
-    : discardBody(response); // at once, as awaiting costs time
+  const isUpload = request.method !== "GET" &&
+    !request.headers.has("expect") && !request.headers.has("upgrade");
+  // Deno closes the connection unless somebody has asked for the body; then it
+  // discards what nobody reads, once the answer is sent. Node reads on anyway.
+  if (isUpload && "completed" in info) request.body;
+  return app.fetch(request, info);
 }
 
 /** A host as URLs have it: an IPv6 address stands in brackets. */
@@ -185,6 +186,7 @@ function inUrl(hostname: string) {
 /** What people meet when servers start, by the error's code or name. */
 const failures: Record<string, { reason: string; hint?: string }> = {
   EADDRINUSE: { reason: "is already in use", hint: "Try another --port" },
+  EACCES: { reason: "is reserved by the system", hint: "Try another --port" },
   EADDRNOTAVAIL: {
     reason: "cannot be opened: the address is not on this machine",
     hint: "Try another --hostname",
@@ -200,22 +202,20 @@ const failures: Record<string, { reason: string; hint?: string }> = {
 };
 
 function explain(error: unknown) {
-  const { code, name, message } = error as Error & { code?: string };
+  const { name, message, code = name } = error as Error & { code?: string };
   const other = { reason: `cannot be opened: ${message}`, hint: undefined };
-  return failures[code ?? name] ?? other;
+  return { code, ...failures[code] ?? other };
 }
 
 // ---- 3. Faults --------------------------------------------------------------
 // A slow or failing node, to try clients with.
 
-/** What can be wrong with an answer. */
+/** What can be wrong with answers, all of them or, as in `"503:10"`, 10 %. */
 export interface Faults {
-  /** Milliseconds before it comes, 0 to 60000. @default {0} */
-  delay?: number;
+  /** Milliseconds before an answer comes, 0 to 60000. */
+  delay?: number | `${number}:${number}`;
   /** Its status, 200 to 599. Without one, it is the handler's. */
-  status?: number;
-  /** Share of the answers with that status, 0 to 100. @default {100} */
-  percent?: number;
+  status?: number | `${number}:${number}`;
 }
 
 /**
@@ -225,76 +225,79 @@ export interface Faults {
  *
  * - `?delay=<ms>` waits, unless the client goes away;
  * - `?status=<code>` answers with that status, and a body where it allows one;
- * - `?status=<code>:<percent>` does so at random, for that share of answers.
+ * - either with `:<percent>` does so at random, for that share of the answers;
+ * - another value of these two is answered with 400 and what was expected.
  *
- * Any other value of these two is answered with 400 and what was expected.
- *
- * @param handler One that returns a `Response`
- * @param faults Whole numbers. What a request asks for wins, value by value
+ * @param inner One that returns a `Response`
+ * @param usual What a request asks for wins over these, value by value
  * @throws {RangeError} If one of the faults is out of its range
  */
-export function withFaults(handler: Handler, faults: Faults = {}): Handler {
-  const { status, percent = 100, ...others } = faults;
-  parseNumber("percent of status", percent, 0, 100);
-  const texts = status === undefined ? {} : { status: `${status}:${percent}` };
-  const usual = parseFaults({ ...others, ...texts }); // as a query has them
-  const isPlain = Object.keys(usual).length === 0;
-
-  const faulty: Handler = async (c, next) => {
-    let faults: Faults;
+export function withFaults(inner: Handler, usual: Faults = {}): Handler {
+  drawFaults(usual); // throws now, and not when the first request comes
+  return async (c, next) => {
+    let drawn;
     try {
-      faults = { ...usual, ...parseFaults(c.req.query()) };
+      drawn = drawFaults({ ...usual, ...c.req.query() });
     } catch (error) {
       return c.text((error as Error).message, STATUS_CODE.BadRequest);
     }
-    if (faults.delay) {
+    const { delay, status } = drawn;
+    if (delay) {
       const { signal } = c.req.raw; // aborts when the client goes away
-      await sleep(faults.delay, undefined, { signal }).catch(() => {});
+      await sleep(delay, undefined, { signal }).catch(() => {});
     }
-    return spoil(await handler(c, next), faults);
+    const response = await inner(c, next);
+    return status ? withStatus(response, status) : response;
   };
-  return (c, next) =>
-    isPlain && !c.req.url.includes("?")
-      ? handler(c, next) // the usual case, at no cost
-      : faulty(c, next);
 }
 
-/** Reads faults from a query or the command line, or throws a RangeError. */
-function parseFaults(given: { [name in keyof Faults]: unknown }) {
-  const faults: Faults = {};
-  if (given.delay !== undefined) {
-    faults.delay = parseNumber("delay", given.delay, 0, 60_000);
-  }
-  if (given.status !== undefined) {
-    const [code, percent = 100, ...rest] = `${given.status}`.split(":");
-    const share = [percent, ...rest].join(":");
-    faults.status = parseNumber("status", code, 200, 599);
-    faults.percent = parseNumber("percent of status", share, 0, 100);
-  }
-  return faults;
+/** Draws which faults the next answer has. @throws {RangeError} */
+function drawFaults({ delay, status }: { [name in keyof Faults]: unknown }) {
+  return { delay: draw("delay", delay), status: draw("status", status) };
+}
+
+const ranges = {
+  delay: { min: 0, max: 60_000, example: "2000:10" },
+  status: { min: 200, max: 599, example: "503:10" },
+};
+
+/** The number in `503`, always, or in `503:10` by a chance of 10 %. */
+function draw(name: keyof Faults, given: unknown) {
+  if (given === undefined) return undefined;
+  const form = /^(\d+):(\d\d?|100)$/;
+  const [, digits = given, percent = 100] = form.exec(`${given}`) ?? [];
+  const { min, max, example } = ranges[name];
+  const or = `, or ${example} for 10 percent`;
+  const value = parseNumber(`${name} must be`, digits, min, max, or);
+  return Math.random() * 100 < Number(percent) ? value : undefined;
 }
 
 /** @throws {RangeError} Unless it is such a number, in digits alone */
-function parseNumber(name: string, given: unknown, min: number, max: number) {
+function parseNumber(
+  must: string,
+  given: unknown,
+  min: number,
+  max: number,
+  more = "",
+) {
   const text = `${given}`;
   const value = Number(text);
   if (/^\d+$/.test(text) && value >= min && value <= max) return value;
-  const range = `a whole number from ${min} to ${max}`;
-  throw new RangeError(`${name} must be ${range}, got ${JSON.stringify(text)}`);
+  const range = `a whole number from ${min} to ${max}${more}`;
+  throw new RangeError(`${must} ${range}, got ${JSON.stringify(text)}`);
 }
 
 const { NoContent, ResetContent, NotModified } = STATUS_CODE;
 const statusesWithoutBody: number[] = [NoContent, ResetContent, NotModified];
 
-/** The response with the status that is due, and what this allows of it. */
-function spoil(response: Response, { status, percent = 100 }: Faults) {
-  const isDue = Math.random() * 100 < percent;
-  const isUpgrade = response.status === STATUS_CODE.SwitchingProtocols;
-  if (status === undefined || !isDue || isUpgrade) return response;
-
-  const body = statusesWithoutBody.includes(status) ? null : response.body;
+/** The response with another status, and what this allows of it. */
+function withStatus(response: Response, status: number) {
+  if (response.status === STATUS_CODE.SwitchingProtocols) return response;
   const headers = new Headers(response.headers);
-  if (body === null) { // nor what would describe it
+  const body = statusesWithoutBody.includes(status) ? null : response.body;
+  if (body === null) {
+    response.body?.cancel().catch(() => {});
+    // Nor what would describe it.
     headers.delete("content-length");
     headers.delete("content-type");
     headers.delete("content-encoding");
@@ -314,11 +317,12 @@ answers "hello from handler <i>".
   -f, --first <i>        number of the first handler (default 0)
   -H, --hostname <host>  address to listen on (default 127.0.0.1)
       --delay <ms>       answer late
-      --status <code>    answer with this status; 503:10 for one answer in ten
+      --status <code>    answer with this status
   -v, --verbose          log every request to stderr
   -h, --help             show this help
 
-A request may ask for itself: /?delay=<ms>&status=<code>[:<percent>]`;
+A delay or status may be for a share of the answers: 503:10 is one in ten.
+A request may ask for itself: /?delay=<ms>&status=<code>`;
 
 /** Runs the command line; resolves to the exit code. Go: `main`. */
 export async function main(args: string[]): Promise<number> {
@@ -334,9 +338,10 @@ export async function main(args: string[]): Promise<number> {
     return 0;
   }
   const { n, first, hostname, port, faults, verbose } = options;
-  // Asks once, for the host; Deno itself would ask for each port.
+  // Asks once, for the host; Deno itself would ask for each port. What is not
+  // a host is refused by serveAll, too, which says why.
   const access = { name: "net", host: inUrl(hostname) } as const;
-  await Deno.permissions.request(access).catch(() => {}); // serveAll says it
+  await Deno.permissions.request(access).catch(() => {});
   const apps = newApps(n);
   for (const [k, app] of apps.entries()) {
     const i = first + k;
@@ -372,22 +377,30 @@ function parse(args: string[]) {
       if (option) throw new RangeError(`unknown option "${arg}"`);
     },
   });
+  // Of -vp3000, verbose is "p3000".
+  const stuck = [flags.verbose, flags.help].find((x) => typeof x !== "boolean");
+  if (stuck !== undefined) {
+    throw new RangeError(`a switch takes no value, got "${stuck}"`);
+  }
   if (flags.help) return null;
 
-  const { _: words } = flags;
-  if (flags.hostname === "") throw new RangeError("--hostname needs a value");
+  const { _: [word, ...more], hostname, delay, status, verbose } = flags;
+  if (hostname === "") throw new RangeError("--hostname needs a value");
   const port = flags.port === "0"
     ? 0
-    : parseNumber("port, unless 0,", flags.port, 1024, 65535);
+    : parseNumber("port must be 0 or", flags.port, 1024, 65535);
   const lowest = port || 1024;
-  const first = parseNumber("first", flags.first, 0, 65535 - lowest);
-  if (words.length === 0) throw new RangeError("n is missing");
-  if (words.length > 1) {
-    throw new RangeError(`one n is enough, got "${words.join(" ")}"`);
+  const first = parseNumber("first must be", flags.first, 0, 65535 - lowest);
+  if (word === undefined) throw new RangeError("n is missing");
+  if (more.length > 0) {
+    throw new RangeError(`one n is enough, got "${[word, ...more].join(" ")}"`);
   }
-  const n = parseNumber("n", words[0], 1, 65536 - lowest - first);
+  const most = 65536 - lowest - first;
+  const n = parseNumber("n must be", word, 1, most, ", as ports end at 65535");
+  const faults = { delay, status } as Faults;
+  drawFaults(faults); // throws if one is out of its range
   const firstPort = port === 0 ? 0 : port + first;
-  return { ...flags, n, first, port: firstPort, faults: parseFaults(flags) };
+  return { n, first, hostname, port: firstPort, faults, verbose };
 }
 
 /** Logs every request: path and query only, percent-encoded. */
@@ -422,11 +435,11 @@ async function serveUntilSignal(servers: MultiServer) {
   await promise; // Go: <-signals
 
   const stopped = servers.shutdown();
-  if (await Promise.race([stopped, sleep(500, "late")]) === "late") {
-    // From here on a signal does what it does by default: it ends the process.
-    for (const signal of signals) Deno.removeSignalListener(signal, resolve);
-    print("Answering requests in flight; Ctrl+C again stops now");
-  }
+  const pause = sleep(500, "late", { ref: false });
+  const isLate = await Promise.race([stopped, pause]) === "late";
+  // From here on a signal does what it does by default: it ends the process.
+  for (const signal of signals) Deno.removeSignalListener(signal, resolve);
+  if (isLate) print("Answering requests in flight; Ctrl+C again stops now");
   await stopped;
 }
 

@@ -1,18 +1,26 @@
 // Lets Node load ../multiserv.ts: gives it a `Deno` of its own, and looks its
 // jsr: specifiers up in the import map of ../deno.json, npm: ones in node_modules.
-import { readFileSync } from "node:fs";
+import { readFileSync, realpathSync } from "node:fs";
 import { registerHooks } from "node:module";
+import { pathToFileURL } from "node:url";
 
-const program = new URL("../multiserv.ts", import.meta.url).href;
-const shim = new URL("deno.ts", import.meta.url).href;
-const shimmed = `import { Deno } from "${shim}";`;
-const config = new URL("../deno.json", import.meta.url);
+const here = (path: string) => new URL(path, import.meta.url);
+// Node knows a file by where it is, not by a link that leads there.
+const program = pathToFileURL(realpathSync(here("../multiserv.ts"))).href;
+const tests = [
+  here("../multiserv_test.ts").href,
+  here("multiserv_test.ts").href,
+];
+const ours = new Set<string | undefined>([program, ...tests]);
+const shimmed = `import { Deno } from "${here("deno.ts")}";`;
 const imports: Record<string, string> =
-  JSON.parse(readFileSync(config, "utf8")).imports;
+  JSON.parse(readFileSync(here("../deno.json"), "utf8")).imports;
 
 registerHooks({
   resolve(specifier, context, nextResolve) {
-    if (!/^(jsr|npm):/.test(specifier)) return nextResolve(specifier, context);
+    if (!ours.has(context.parentURL) || !/^(jsr|npm):/.test(specifier)) {
+      return nextResolve(specifier, context);
+    }
     const mapped = imports[specifier] ?? specifier;
     // npm:@scope/name@version/path, of which the version is package.json's.
     const found = mapped.replace(/^npm:((@[^/]+\/)?[^@/]+)(@[^/]+)?/, "$1");

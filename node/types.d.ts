@@ -10,16 +10,14 @@ export function newApps(n: number): Hono[];
 export function handler(i: number): Handler;
 
 /** Wraps a handler, so that its answers are late or failing on request. */
-export function withFaults(handler: Handler, faults?: Faults): Handler;
+export function withFaults(inner: Handler, usual?: Faults): Handler;
 
-/** What can be wrong with an answer. */
+/** What can be wrong with answers, all of them or, as in `"503:10"`, 10 %. */
 export interface Faults {
-  /** Milliseconds before it comes, 0 to 60000; 0 by default. */
-  delay?: number;
+  /** Milliseconds before an answer comes, 0 to 60000. */
+  delay?: number | `${number}:${number}`;
   /** Its status, 200 to 599. Without one, it is the handler's. */
-  status?: number;
-  /** Share of the answers with that status, 0 to 100; 100 by default. */
-  percent?: number;
+  status?: number | `${number}:${number}`;
 }
 
 /** Serves each app on a port of its own, all of them or none. */
@@ -28,8 +26,11 @@ export function serveAll(
   options?: ServeAllOptions,
 ): Promise<MultiServer>;
 
-/** A Hono app, or anything else with its `fetch`. */
-export type App = Pick<Hono, "fetch">;
+/** A Hono app, or anything else that can `fetch`. */
+export interface App {
+  /** Answers a request; `info` is what the runtime knows of it. */
+  fetch(request: Request, info: object): Response | Promise<Response>;
+}
 
 /** Options of `serveAll`. */
 export interface ServeAllOptions {
