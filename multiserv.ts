@@ -220,7 +220,7 @@ export interface Faults {
 
 /**
  * Wraps a handler, so that its answers are late or failing where the request's
- * query asks for it, or else as `faults` say. Go: middleware, which is a
+ * query asks for it, or else as is usual. Go: middleware, which is a
  * `func(http.Handler) http.Handler`.
  *
  * - `?delay=<ms>` waits, unless the client goes away;

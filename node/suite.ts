@@ -1,17 +1,29 @@
 // Deno.test for `node --test`, so that ../multiserv_test.ts is its suite too.
-import { after, test } from "node:test";
+import { serve } from "@hono/node-server";
+import { once } from "node:events";
+import type { Server } from "node:http";
 import process from "node:process";
+import { after, test } from "node:test";
 import "./hook.ts";
 
 type Definition = Pick<Deno.TestDefinition, "name" | "ignore"> & {
   fn: () => void | Promise<void>;
 };
+type Options = Parameters<typeof serve>[0];
 
 const Deno = {
   test: ({ name, ignore = false, fn }: Definition) =>
     test(name, { skip: ignore }, fn),
   bench() {}, // measured on Deno
   permissions: { querySync: () => ({ state: "granted" }) },
+  /** The bare runtime, for the suite to compare with. */
+  async serve(options: Options, fetch: Options["fetch"]) {
+    const bare = { ...options, fetch, overrideGlobalObjects: false };
+    const server = serve(bare) as Server;
+    await once(server, "listening");
+    const shutdown = () => new Promise((closed) => server.close(closed));
+    return { addr: server.address(), shutdown };
+  },
 };
 Object.assign(globalThis, { Deno });
 
