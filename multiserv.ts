@@ -113,17 +113,13 @@ export async function serveAll(
 // Unlike Deno.serve, and like Go, it goes on after a failed accept, and keeps a
 // connection whose request had a body that nobody read (Go: of up to 256 KB).
 
-/** What `listenAndServe` resolves to. */
 interface Server {
   url: string;
   finished: Promise<void>;
   shutdown(): Promise<void>;
 }
 
-/**
- * Starts one server; resolves once it listens. Go: `http.ListenAndServe`, which
- * returns only when the server ends.
- */
+/** Resolves once it listens; Go's `http.ListenAndServe` returns at its end. */
 async function listenAndServe(hostname: string, port: number, app: App) {
   const options = { hostname, port, onListen() {} };
   const start = () =>
@@ -234,20 +230,16 @@ export interface Faults {
  */
 export function withFaults(inner: Handler, usual: Faults = {}): Handler {
   drawFaults(usual); // throws now, and not when the first request comes
-  return async (c, next) => {
-    let drawn;
+  return (c, next) => {
+    let faults;
     try {
-      drawn = drawFaults({ ...usual, ...c.req.query() });
+      faults = drawFaults({ ...usual, ...c.req.query() });
     } catch (error) {
       return c.text((error as Error).message, STATUS_CODE.BadRequest);
     }
-    const { delay, status } = drawn;
-    if (delay) {
-      const { signal } = c.req.raw; // aborts when the client goes away
-      await sleep(delay, undefined, { signal }).catch(() => {});
-    }
-    const response = await inner(c, next);
-    return status ? withStatus(response, status) : response;
+    const { delay, status } = faults;
+    if (!delay && !status) return inner(c, next); // at once: to wait costs time
+    return spoiled(inner, delay, status)(c, next);
   };
 }
 
@@ -290,19 +282,27 @@ function parseNumber(
 const { NoContent, ResetContent, NotModified } = STATUS_CODE;
 const statusesWithoutBody: number[] = [NoContent, ResetContent, NotModified];
 
-/** The response with another status, and what this allows of it. */
-function withStatus(response: Response, status: number) {
-  if (response.status === STATUS_CODE.SwitchingProtocols) return response;
-  const headers = new Headers(response.headers);
-  const body = statusesWithoutBody.includes(status) ? null : response.body;
-  if (body === null) {
-    response.body?.cancel().catch(() => {});
-    // Nor what would describe it.
-    headers.delete("content-length");
-    headers.delete("content-type");
-    headers.delete("content-encoding");
-  }
-  return new Response(body, { status, headers });
+/** The same handler, but late or with another status. */
+function spoiled(inner: Handler, delay = 0, status = 0): Handler {
+  return async (c, next) => {
+    if (delay) {
+      const { signal } = c.req.raw; // aborts when the client goes away
+      await sleep(delay, undefined, { signal }).catch(() => {});
+    }
+    const response: Response = await inner(c, next);
+    const isUpgrade = response.status === STATUS_CODE.SwitchingProtocols;
+    if (!status || isUpgrade) return response;
+
+    const headers = new Headers(response.headers);
+    const body = statusesWithoutBody.includes(status) ? null : response.body;
+    if (body === null) {
+      response.body?.cancel().catch(() => {});
+      headers.delete("content-length"); // nor what would describe it
+      headers.delete("content-type");
+      headers.delete("content-encoding");
+    }
+    return new Response(body, { status, headers });
+  };
 }
 
 // ---- 4. The command line ----------------------------------------------------
