@@ -3,17 +3,15 @@ import { serve } from "@hono/node-server";
 import { once } from "node:events";
 import type { Server } from "node:http";
 import process from "node:process";
-import { after, test } from "node:test";
+import { after, afterEach, test } from "node:test";
 import "./hook.ts";
 
-type Definition = Pick<Deno.TestDefinition, "name" | "ignore"> & {
-  fn: () => void | Promise<void>;
-};
 type Options = Parameters<typeof serve>[0];
 
+const denoTest = ({ name, ignore, timeout, fn }: Deno.TestDefinition) =>
+  test(name, { skip: ignore, timeout }, fn as () => Promise<void>);
 const Deno = {
-  test: ({ name, ignore = false, fn }: Definition) =>
-    test(name, { skip: ignore }, fn),
+  test: Object.assign(denoTest, { afterEach }),
   bench() {}, // measured on Deno
   permissions: { querySync: () => ({ state: "granted" }) },
   /** The bare runtime, for the suite to compare with. */
