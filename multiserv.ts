@@ -396,11 +396,11 @@ function parse(args: string[]) {
     throw new RangeError(`one n is enough, got "${[word, ...more].join(" ")}"`);
   }
   const most = 65536 - lowest - first;
-  const n = parseNumber("n must be", word, 1, most, ", as ports end at 65535");
+  const end = Number(word) > most ? ", as ports end at 65535" : "";
+  const n = parseNumber("n must be", word, 1, most, end);
   const faults = { delay, status } as Faults;
   drawFaults(faults); // throws if one is out of its range
-  const firstPort = port === 0 ? 0 : port + first;
-  return { n, first, hostname, port: firstPort, faults, verbose };
+  return { n, first, hostname, port: port && port + first, faults, verbose };
 }
 
 /** Logs every request: path and query only, percent-encoded. */
@@ -435,8 +435,7 @@ async function serveUntilSignal(servers: MultiServer) {
   await promise; // Go: <-signals
 
   const stopped = servers.shutdown();
-  const pause = sleep(500, "late", { ref: false });
-  const isLate = await Promise.race([stopped, pause]) === "late";
+  const isLate = await Promise.race([stopped, sleep(500, "late")]) === "late";
   // From here on a signal does what it does by default: it ends the process.
   for (const signal of signals) Deno.removeSignalListener(signal, resolve);
   if (isLate) print("Answering requests in flight; Ctrl+C again stops now");

@@ -256,7 +256,8 @@ async function runMain(...args: string[]) {
 }
 
 test("wrong command lines: what is wrong, and exit code 2", async () => {
-  const noN = (got: string, max = 64512) =>
+  const noN = (got: string) => range("n", 1, 64512, got);
+  const tooMany = (got: string, max: number) =>
     range("n", 1, max, got, ", as ports end at 65535");
   const noPort = (got: string) =>
     range("port", 1024, 65535, got)
@@ -267,9 +268,9 @@ test("wrong command lines: what is wrong, and exit code 2", async () => {
     ...["", " 3", "abc", "3.5", "1e3", "0x10", "0"]
       .map((n): [string, string] => [noN(n), n]),
     [noN("-3"), "--", "-3"],
-    [noN("64513"), "64513", "-p0"],
-    [noN("2", 1), "2", "-p", "65535"],
-    [noN("536", 535), "536", "-p", "60000", "-f", "5001"],
+    [tooMany("64513", 64512), "64513", "-p0"],
+    [tooMany("2", 1), "2", "-p", "65535"],
+    [tooMany("536", 535), "536", "-p", "60000", "-f", "5001"],
     [noPort("1023"), "3", "-p", "1023"],
     [noPort("65536"), "3", "-p", "65536"],
     [noPort(""), "3", "--port"],
@@ -554,13 +555,14 @@ const ways = [
   ]),
 ];
 
+const anyPort = { hostname: "127.0.0.1", port: 0, onListen() {} };
+
 test("a client gets what it gets from the bare runtime", async () => {
   const app = newApps(1)[0]!.onError((error, c) => c.text(error.message, 500));
   for (const [k, reader] of Object.values(readers).entries()) {
     app.post(`/${k}`, reader);
   }
-  const options = { hostname: "127.0.0.1", port: 0, onListen() {} };
-  const bare = await Deno.serve(options, app.fetch);
+  const bare = await Deno.serve(anyPort, app.fetch);
   cleanups.push(() => bare.shutdown());
   const { port } = await serving([app]);
   for (const { size, parts, pause } of ways) {
@@ -749,11 +751,13 @@ test("serves, and answers what is in flight when it stops", async () => {
 }, "signals");
 
 test("stops at once, in silence, for who has read but one line", async () => {
-  const { kill, stderr, end } = await serve(20);
+  const { port, kill, end } = await serve(20);
+  const slow = await dial(port, head("GET /?delay=100"));
+  await assertHello(urlOf(port)); // so the slow request has arrived
   kill("SIGTERM");
-  await stderr.until(howToStop);
-  const { code, stderr: said } = await end();
-  assertEquals([code, said], [0, howToStop]);
+  const { code, stderr } = await end();
+  assertEquals([code, stderr], [0, howToStop]);
+  await slow.answer();
 }, "signals");
 
 test("a signal that comes half a second later ends it", async () => {
@@ -803,6 +807,7 @@ test("--first numbers handlers on free ports, too", async () => {
   const { stdout } = start([...command, "-p", "0", "-f", "3", "2"]);
   const lines = (await stdout.until("\n", 2)).trim().split("\n");
   const urls = lines.map((line) => line.split(" ").at(-1)!);
+  assert(urls.every((url) => Number(new URL(url).port) > 1023));
   const expected = urls.map((url, k) => `handler ${3 + k} listening on ${url}`);
   assertEquals(lines, expected);
   await Promise.all(urls.map((url, k) => assertHello(url, 3 + k)));
@@ -925,6 +930,12 @@ denoTest("a server that has ended listens again, once it can", async () => {
   assert(said.includes(`${isNot}; trying again\n`), said);
   await new Promise((closed) => another.close(closed));
   await untilAnswering(url);
+  const before = await stderr.until(isNot);
+  await dial(port, head("GET /end", ...upgrade));
+  const after = await stderr.until(isNot, before.split(isNot).length);
+  const lines = after.slice(before.length).match(/^port .*$/gm);
+  assertEquals(lines, [`${isNot}; trying again`]);
+  await untilAnswering(url);
   await dial(port, head("GET /end?stop=1", ...upgrade));
   await stdout.until("finished");
 });
@@ -958,12 +969,13 @@ denoTest("multiserv.ts runs alone, with no file beside it", async () => {
   await assertHello(urlOf(port));
 });
 
+const chat: Handler = (c) => {
+  const { socket, response } = Deno.upgradeWebSocket(c.req.raw);
+  socket.onopen = () => socket.send("hello");
+  return response;
+};
+
 denoTest("a WebSocket is upgraded, whatever its query", async () => {
-  const chat: Handler = (c) => {
-    const { socket, response } = Deno.upgradeWebSocket(c.req.raw);
-    socket.onopen = () => socket.send("hello");
-    return response;
-  };
   const { url } = await serving([appOf(withFaults(chat))]);
   for (const query of ["?token=abc", "?status=503"]) {
     const socket = new WebSocket(url.replace("http", "ws") + query);
@@ -971,6 +983,23 @@ denoTest("a WebSocket is upgraded, whatever its query", async () => {
     assertEquals(message.data, "hello");
     socket.close();
     await once(socket, "close");
+  }
+}, "net");
+
+denoTest("who expects or upgrades is left to the runtime", async () => {
+  const app = newApps(1)[0]!.post("/", handler(0)).post("/chat", chat);
+  const bare = await Deno.serve(anyPort, app.fetch);
+  cleanups.push(() => bare.shutdown());
+  const expects = head("POST /", "expect: 100-continue", "content-length: 9");
+  for (const request of [expects, head("POST /chat", ...upgrade)]) {
+    const ports = [(await serving([app])).port, bare.addr.port];
+    const [ours, bares] = await Promise.all(ports.map(async (port) => {
+      const { socket, until, all } = await dial(port, request);
+      await until("HTTP/1.1 ");
+      socket.end("x".repeat(9));
+      return (await all()).replace(/^date: .*$/m, "");
+    }));
+    assertEquals(ours, bares);
   }
 }, "net");
 
@@ -983,38 +1012,84 @@ denoTest("bare deno test passes, and says what needs permissions", async () => {
   assert(stdout.includes(`${n} tests need permissions: deno task test\n`));
 });
 
-/** The code blocks of README.md, each as its lines. */
-async function blocksOfReadme() {
-  const readme = await readFile(`${root}README.md`, "utf8");
-  const blocks = readme.split("\n```").filter((_, k) => k % 2 === 1);
-  return blocks.map((block) => block.split("\n"));
+// ---- What README.md shows ---------------------------------------------------
+
+const readme = run ? await readFile(`${root}README.md`, "utf8") : "";
+const blocks = readme.split("\n```").filter((_, k) => k % 2 === 1)
+  .map((block) => block.slice(block.indexOf("\n") + 1)); // after its language
+/** The block that has this text. */
+const blockWith = (text: string) => blocks.find((b) => b.includes(text)) ?? "";
+
+const checkedOnStdin = [runtime, "run", "-q", "--check", "--allow-net", "-"];
+
+const lessonRun = "$ deno run --allow-net lesson.ts\n";
+for (const k of [0, 1, 2, 3]) {
+  denoTest(`lesson ${k + 1} prints what stands below it`, async () => {
+    const output = blocks.filter((block) => block.startsWith(lessonRun))[k]!;
+    const lesson = blocks[blocks.indexOf(output) - 1]!;
+    const { stdout, stderr } = await start(checkedOnStdin, lesson).end();
+    assertEquals([lessonRun + stdout.trimEnd(), stderr], [output, ""]);
+  });
 }
 
-denoTest("README.md shows what its programs do", async () => {
-  const blocks = await blocksOfReadme();
-  const onStdin = [runtime, "run", "--allow-net", "-"];
-  const lessons = blocks.filter((_, k) =>
-    blocks[k + 1]?.[1]?.endsWith("lesson.ts")
-  );
-  assertEquals(lessons.length, 4);
-  for (const lesson of lessons) {
-    const [, , ...shown] = blocks[blocks.indexOf(lesson) + 1]!;
-    const program = lesson.slice(1).join("\n");
-    const { stdout, stderr } = await start(onStdin, program).end();
-    assertEquals([stdout.trimEnd(), stderr], [shown.join("\n"), ""]);
-  }
+denoTest("idea.ts serves n, and can be blocked", async () => {
+  const idea = blockWith("Deno.args[0]");
+  const without = await start(checkedOnStdin, idea).end();
+  assertEquals(without.code, 1);
+  assert(without.stderr.startsWith("Usage: "), without.stderr);
   const port = await freePorts(3);
-  const idea = blocks.find(([language]) => language === "ts ignore")!;
-  start(onStdin, idea.slice(1).join("\n").replace("1024", `${port}`));
+  const all = '  app.all("*"';
+  const program = idea.replace("1024", `${port}`)
+    .replace(all, blockWith("/block") + "\n" + all);
+  start([...onStdin, "3"], program);
   for (const i of [0, 1, 2]) {
     await untilAnswering(urlOf(port + i));
     await assertHello(urlOf(port + i), i);
   }
+  assertEquals(await get(`${urlOf(port)}/block`), "blocked for a second");
 });
 
-denoTest("README.md shows what the command says", async () => {
-  const readme = (await blocksOfReadme()).flat().join("\n");
-  assert(readme.includes(ready(1024, 3) + howToStop));
+denoTest("fleet.ts has a slow and a flaky node", async () => {
+  const port = await freePorts(20);
+  const program = blockWith("newApps(20)")
+    .replace("serveAll(apps)", `serveAll(apps, { port: ${port} })`)
+    .replace("delay: 2000", "delay: 200"); // to be quick
+  const { stdout } = start(checkedOnStdin, program);
+  await stdout.until("\n", 20);
+  const slow = await dial(port + 17, head("GET /"));
+  const flaky = async () => {
+    const response = await fetch(urlOf(port + 18));
+    await response.text();
+    return response.status;
+  };
+  while (await flaky() !== 503);
+  while (await flaky() !== 200);
+  assertEquals(await slow.answer(), "200 hello from handler 17");
+});
+
+denoTest("its scripts leave no server behind", async () => {
+  const port = await freePorts(20);
+  const script = (text: string) =>
+    start([
+      "sh",
+      "-c",
+      blockWith(text).replaceAll("deno run", `"${runtime}" run`)
+        .replaceAll("multiserv.ts", `multiserv.ts -p ${port}`)
+        .replace(/curl .* &/, "echo asked &"),
+    ]);
+  const { code, stdout } = await script("mkfifo").end();
+  assertEquals([code, stdout], [0, "asked\n"]);
+  const { kill, end } = script("--first 10 10");
+  for (const i of [0, 19]) await untilAnswering(urlOf(port + i));
+  assertEquals((await script("mkfifo").end()).code, 1); // the port is taken
+  kill("SIGTERM");
+  await end();
+  for (const i of [0, 19]) await untilAnswering(urlOf(port + i), false);
+}, "signals");
+
+denoTest("the command says what it shows", async () => {
+  const all = blocks.join("\n");
+  assert(all.includes(ready(1024, 3) + howToStop));
   const port = await freePorts(3);
   await serving(newApps(1), port + 1);
   const commands: [line: string, ...unseen: string[]][] = [
@@ -1027,7 +1102,7 @@ denoTest("README.md shows what the command says", async () => {
     const words = [runtime, "run", ...line.split(" "), ...unseen];
     const { stdout, stderr } = await start(words).end();
     const said = (stdout + stderr).replace(`${port + 1}`, "1025");
-    assert(readme.includes(`$ deno run ${line}\n${said}`), said);
+    assert(all.includes(`$ deno run ${line}\n${said.trimEnd()}`), said);
   }
 });
 
@@ -1069,8 +1144,9 @@ for (const [name, contestant] of Object.entries(contestants)) {
     });
   }
   Deno.bench(name, { group: "start of 10,000", n: 5, warmup: 1 }, async (b) => {
+    const port = await freePorts(10_000);
     b.start();
-    const shutdown = await contestant(10_000, 20_000);
+    const shutdown = await contestant(10_000, port);
     b.end();
     await shutdown();
   });
