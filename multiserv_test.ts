@@ -913,7 +913,9 @@ denoTest("a server that has ended listens again, once it can", async () => {
     });
     const servers = await serveAll([app], { port: 0 });
     console.log(servers.urls[0]);
-    await servers.finished;`;
+    await servers.finished;
+    Deno.exit(); // in spite of the upgrades
+  `;
   const { stdout, stderr, end } = start(onStdin, program);
   const url = (await stdout.until("\n")).trim();
   const port = Number(new URL(url).port);
