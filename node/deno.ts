@@ -44,10 +44,8 @@ async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
     { ...options, hostname: "localhost", errorHandler },
   );
   const latest = new Map<Socket, ServerResponse | undefined>(); // answers
-  let ending = false;
   const server = createServer((incoming, outgoing) => {
     latest.set(incoming.socket, outgoing);
-    if (ending) outgoing.setHeader("connection", "close"); // Node then does so
     return listener(incoming, outgoing);
   });
   server.on("connection", (socket) => {
@@ -63,12 +61,13 @@ async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
   server.on("error", () => {}); // a client it could not accept; it goes on
   const { address, port: itsPort } = server.address() as AddressInfo;
 
-  /** Closes a connection after the answers it owes, without waiting for more. */
-  async function closeWhenIdle(socket: Socket) {
-    let answer = latest.get(socket);
-    while (answer && !answer.closed) {
-      await once(answer, "close").catch(() => {});
-      answer = latest.get(socket);
+  /** Closes a connection after its latest answer, which comes after the others. */
+  async function closeAfter(
+    answer: ServerResponse | undefined,
+    socket: Socket,
+  ) {
+    if (answer && !answer.closed) {
+      await new Promise((written) => answer.once("close", written));
     }
     // A reset would cost the answer, while the library still reads the upload.
     if (answer && !answer.req.complete) {
@@ -80,9 +79,8 @@ async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
   let closing: Promise<void> | undefined;
   async function close() {
     await sleep(10); // to read the requests that have been sent
-    ending = true;
     server.close();
-    for (const socket of latest.keys()) closeWhenIdle(socket);
+    for (const [socket, answer] of latest) closeAfter(answer, socket);
     await closed;
   }
   return {
