@@ -14,7 +14,8 @@ import { STATUS_CODE } from "jsr:@std/http@^1/status";
 import { type Handler, Hono } from "npm:hono@^4";
 
 // ---- 1. The lesson ----------------------------------------------------------
-// The parts of the Go program, in its order: n apps, a handler and a server each.
+// The parts of the Go program, in its order: n apps, and a handler and a server
+// for each. What was its main is in chapter 4.
 
 /** Makes n Hono apps, each a router without routes. Go: `newMuxers`. */
 export function newApps(n: number): Hono[] {
@@ -26,7 +27,7 @@ export function handler(i: number): Handler {
   return (c) => c.text(`hello from handler ${i}`);
 }
 
-/** A Hono app, or anything else that can `fetch`. Go: `http.Handler`. */
+/** A Hono app, or what else a server may ask. Go: `http.Handler`, as a mux is. */
 export interface App {
   /** Answers a request; `info` is what the runtime knows of it. */
   fetch(request: Request, info: object): Response | Promise<Response>;
@@ -46,15 +47,16 @@ export interface MultiServer extends AsyncDisposable {
   readonly urls: string[];
   /** Resolves when all servers have been shut down. Go: `wg.Wait()`. */
   readonly finished: Promise<void>;
-  /** Stops accepting connections; resolves when all requests are answered. */
+  /** Accepts no more; resolves when all is answered. Go: `Server.Shutdown`. */
   shutdown(): Promise<void>;
 }
 
 /**
  * Serves each app on a port of its own, all of them or none. Go: the loop with
- * a goroutine per `ListenAndServe`. The caller must shut the servers down.
+ * a goroutine per `ListenAndServe`, which keeps those that could start. The
+ * caller must shut the servers down.
  *
- * @throws {AggregateError} If servers cannot start. Its `errors` are all the
+ * @throws {AggregateError} If servers cannot start. Its `errors` name all the
  * ports that are taken or, alone, the first failure of another kind
  *
  * @example
@@ -121,11 +123,11 @@ interface Server {
 
 /** Resolves once it listens; Go's `http.ListenAndServe` returns at its end. */
 async function listenAndServe(hostname: string, port: number, app: App) {
-  const options = { hostname, port, onListen() {} };
+  const options = { hostname, port, onListen() {} }; // no line of Deno's own
   const start = () =>
     Deno.serve(options, (request, info) => answer(app, request, info));
 
-  const first = await start();
+  const first = await start(); // on Node it takes a moment
   const { addr } = first;
   options.port = addr.port; // the free one that it got, if 0 was asked for
   const started = [first]; // and whatever takes over from it
@@ -142,10 +144,10 @@ async function listenAndServe(hostname: string, port: number, app: App) {
       if (stopping) return;
       const since = performance.now();
       try {
-        error = undefined;
         const server = await start();
         started.push(server);
         if (!stopping) await server.finished;
+        error = undefined; // it has ended without saying why
       } catch (cause) {
         error = cause; // it could not listen, or not accept, once more
       }
@@ -166,11 +168,13 @@ async function listenAndServe(hostname: string, port: number, app: App) {
 
 /** Lets the app answer, on a connection that can be used again. */
 function answer(app: App, request: Request, info: object) {
-  const isUpload = request.method !== "GET" &&
+  // A body that is expected may never come, an upgrade's is no body.
+  const isPlainUpload = request.method !== "GET" &&
     !request.headers.has("expect") && !request.headers.has("upgrade");
-  // Deno closes the connection unless somebody has asked for the body; then it
-  // discards what nobody reads, once the answer is sent. Node reads on anyway.
-  if (isUpload && "completed" in info) request.body;
+  // Deno closes a connection if not all of a body is there, unless somebody has
+  // asked for it. Then it discards what nobody reads, once the answer is sent.
+  const onDeno = "completed" in info; // Node reads on anyway
+  if (isPlainUpload && onDeno) void request.body;
   return app.fetch(request, info);
 }
 
@@ -219,7 +223,7 @@ export interface Faults {
  * query asks for it, or else as is usual. Go: middleware, which is a
  * `func(http.Handler) http.Handler`.
  *
- * - `?delay=<ms>` waits, unless the client goes away;
+ * - `?delay=<ms>` waits, or until the client goes away;
  * - `?status=<code>` answers with that status, and a body where it allows one;
  * - either with `:<percent>` does so at random, for that share of the answers;
  * - another value of these two is answered with 400 and what was expected.
@@ -238,19 +242,20 @@ export function withFaults(inner: Handler, usual: Faults = {}): Handler {
       return c.text((error as Error).message, STATUS_CODE.BadRequest);
     }
     const { delay, status } = faults;
-    if (!delay && !status) return inner(c, next); // at once: to wait costs time
+    if (!delay && !status) return inner(c, next); // at once: async costs time
     return spoiled(inner, delay, status)(c, next);
   };
 }
 
 /** Draws which faults the next answer has. @throws {RangeError} */
-function drawFaults({ delay, status }: { [name in keyof Faults]: unknown }) {
+function drawFaults({ delay, status }: { delay?: unknown; status?: unknown }) {
   return { delay: draw("delay", delay), status: draw("status", status) };
 }
 
+type Range = { min: number; max: number; note?: string };
 const ranges = {
-  delay: { min: 0, max: 60_000, example: "2000:10" },
-  status: { min: 200, max: 599, example: "503:10" },
+  delay: { min: 0, max: 60_000, note: ", or 2000:10 for 10 percent" },
+  status: { min: 200, max: 599, note: ", or 503:10 for 10 percent" },
 };
 
 /** The number in `503`, always, or in `503:10` by a chance of 10 %. */
@@ -258,24 +263,16 @@ function draw(name: keyof Faults, given: unknown) {
   if (given === undefined) return undefined;
   const form = /^(\d+):(\d\d?|100)$/;
   const [, digits = given, percent = 100] = form.exec(`${given}`) ?? [];
-  const { min, max, example } = ranges[name];
-  const or = `, or ${example} for 10 percent`;
-  const value = parseNumber(`${name} must be`, digits, min, max, or);
+  const value = parseNumber(`${name} must be`, digits, ranges[name]);
   return Math.random() * 100 < Number(percent) ? value : undefined;
 }
 
-/** @throws {RangeError} Unless it is such a number, in digits alone */
-function parseNumber(
-  must: string,
-  given: unknown,
-  min: number,
-  max: number,
-  more = "",
-) {
+/** @throws {RangeError} Unless it is in the range, and in digits alone */
+function parseNumber(must: string, given: unknown, { min, max, note }: Range) {
   const text = `${given}`;
   const value = Number(text);
   if (/^\d+$/.test(text) && value >= min && value <= max) return value;
-  const range = `a whole number from ${min} to ${max}${more}`;
+  const range = `a whole number from ${min} to ${max}${note ?? ""}`;
   throw new RangeError(`${must} ${range}, got ${JSON.stringify(text)}`);
 }
 
@@ -356,8 +353,8 @@ export async function main(args: string[]): Promise<number> {
     return 1;
   }
 
-  // A signal may come with the first ready line.
-  const stopped = serveUntilSignal(servers);
+  // Before the first line, as whoever reads it may send a signal.
+  const stopped = stopAtSignal(servers);
   for (const [k, url] of servers.urls.entries()) {
     print(`handler ${first + k} listening on ${url}`, console.log);
   }
@@ -384,26 +381,28 @@ function parse(args: string[]) {
   }
   if (flags.help) return null;
 
-  const { _: [word, ...more], hostname, delay, status, verbose } = flags;
+  const { _: words, hostname, delay, status, verbose } = flags;
   if (hostname === "") throw new RangeError("--hostname needs a value");
   const port = flags.port === "0"
     ? 0
-    : parseNumber("port must be 0 or", flags.port, 1024, 65535);
+    : parseNumber("port must be 0 or", flags.port, { min: 1024, max: 65535 });
   const lowest = port || 1024;
-  const first = parseNumber("first must be", flags.first, 0, 65535 - lowest);
-  if (word === undefined) throw new RangeError("n is missing");
-  if (more.length > 0) {
-    throw new RangeError(`one n is enough, got "${[word, ...more].join(" ")}"`);
+  const firsts = { min: 0, max: 65535 - lowest };
+  const first = parseNumber("first must be", flags.first, firsts);
+  if (words.length === 0) throw new RangeError("n is missing");
+  if (words.length > 1) {
+    throw new RangeError(`one n is enough, got "${words.join(" ")}"`);
   }
-  const most = 65536 - lowest - first;
-  const end = Number(word) > most ? ", as ports end at 65535" : "";
-  const n = parseNumber("n must be", word, 1, most, end);
+  const max = 65536 - lowest - first;
+  const note = Number(words[0]) > max ? ", as ports end at 65535" : "";
+  const n = parseNumber("n must be", words[0], { min: 1, max, note });
   const faults = { delay, status } as Faults;
   drawFaults(faults); // throws if one is out of its range
-  return { n, first, hostname, port: port && port + first, faults, verbose };
+  const firstPort = port === 0 ? 0 : port + first;
+  return { n, first, hostname, port: firstPort, faults, verbose };
 }
 
-/** Logs every request: path and query only, percent-encoded. */
+/** Logs every request, percent-encoded, so that nobody can forge a line. */
 function logger(i: number): Handler {
   return async (c, next) => {
     const start = performance.now();
@@ -424,11 +423,8 @@ function report({ message, errors }: AggregateError) {
   print([`multiserv: ${message}`, ...lines].join("\n"));
 }
 
-/**
- * Waits for a signal, then until all requests are answered. Some wrappers send
- * a signal twice at once; only one that comes later ends the process.
- */
-async function serveUntilSignal(servers: MultiServer) {
+/** Waits for a signal, then until all requests are answered. */
+async function stopAtSignal(servers: MultiServer) {
   const signals = ["SIGINT", "SIGTERM"] as const;
   const { promise, resolve } = Promise.withResolvers<void>();
   for (const signal of signals) Deno.addSignalListener(signal, resolve);
@@ -436,9 +432,12 @@ async function serveUntilSignal(servers: MultiServer) {
 
   const stopped = servers.shutdown();
   const isLate = await Promise.race([stopped, sleep(500, "late")]) === "late";
-  // From here on a signal does what it does by default: it ends the process.
-  for (const signal of signals) Deno.removeSignalListener(signal, resolve);
-  if (isLate) print("Answering requests in flight; Ctrl+C again stops now");
+  // From then on a signal does what it does by default: it ends the process. An
+  // exit comes first, so a wrapper that sends the signal twice does no harm.
+  setTimeout(() => {
+    for (const signal of signals) Deno.removeSignalListener(signal, resolve);
+    if (isLate) print("Answering requests in flight; Ctrl+C again stops now");
+  });
   await stopped;
 }
 

@@ -14,8 +14,8 @@ import { setTimeout as sleep } from "node:timers/promises";
 export const options = { overrideGlobalObjects: false };
 
 /**
- * Whether a `Request` can have this URL. One for which Hono makes it only when
- * somebody looks would fail there: a host like a.1, or a user's name.
+ * Whether a `Request` can have this URL: none has a host like a.1, or a user's
+ * name. Hono's makes it late, and would throw inside the handler.
  */
 const isPossible = (url: string) =>
   URL.canParse(url) && !/^https?:\/\/[^/?#]*@/.test(url);
@@ -35,7 +35,7 @@ type Fetch = (
 
 /** `Deno.serve`, but that it returns a promise: resolves once it listens. */
 async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
-  if (hostname === "") throw new TypeError("invalid empty host"); // not all
+  if (hostname === "") throw new TypeError("invalid empty host"); // to Node, all
   const listener = getRequestListener(
     (request, env) => {
       if (!isPossible(request.url)) throw new RequestError("Invalid URL");
@@ -43,7 +43,8 @@ async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
     },
     { ...options, hostname: "localhost", errorHandler },
   );
-  const latest = new Map<Socket, ServerResponse | undefined>(); // answers
+  /** The latest answer of each connection. */
+  const latest = new Map<Socket, ServerResponse | undefined>();
   const server = createServer((incoming, outgoing) => {
     latest.set(incoming.socket, outgoing);
     return listener(incoming, outgoing);
@@ -52,7 +53,7 @@ async function serve({ hostname, port }: ServeOptions, fetch: Fetch) {
     latest.set(socket, undefined);
     socket.once("close", () => latest.delete(socket));
   });
-  // It would take an answer that has ended, but is not written yet, for sent.
+  // close() calls it, and it takes an answer that is not written yet for sent.
   server.closeIdleConnections = () => {};
   const closed = new Promise<void>((resolve) => server.once("close", resolve));
 
