@@ -430,14 +430,12 @@ async function stopAtSignal(servers: MultiServer) {
   for (const signal of signals) Deno.addSignalListener(signal, resolve);
   await promise; // Go: <-signals
 
-  const stopped = servers.shutdown();
+  // Some wrappers send a signal twice, within milliseconds: time to hear both.
+  const stopped = Promise.all([servers.shutdown(), sleep(50)]);
   const isLate = await Promise.race([stopped, sleep(500, "late")]) === "late";
-  // From then on a signal does what it does by default: it ends the process. An
-  // exit comes first, so a wrapper that sends the signal twice does no harm.
-  setTimeout(() => {
-    for (const signal of signals) Deno.removeSignalListener(signal, resolve);
-    if (isLate) print("Answering requests in flight; Ctrl+C again stops now");
-  });
+  // From here on a signal does what it does by default: it ends the process.
+  for (const signal of signals) Deno.removeSignalListener(signal, resolve);
+  if (isLate) print("Answering requests in flight; Ctrl+C again stops now");
   await stopped;
 }
 
