@@ -30,8 +30,10 @@ function linkTest(name: string, fn: (t: TestContext) => Promise<void>) {
   nodeTest(`${name} (needs links)`, options, fn);
 }
 const probe = await fs.mkdtemp(join(tmpdir(), "multiserv-"));
-const links = await fs.symlink("multiserv.ts", join(probe, "link"))
-  .then(() => true, () => false);
+const links = await Promise.all([
+  fs.symlink(probe, join(probe, "folder"), "junction"),
+  fs.symlink("multiserv.ts", join(probe, "file")),
+]).then(() => true, () => false);
 await fs.rm(probe, { recursive: true });
 
 // ---- The loader -------------------------------------------------------------
