@@ -112,8 +112,8 @@ export async function serveAll(
 }
 
 // ---- 2. One server ----------------------------------------------------------
-// Unlike Deno.serve, and like Go, it goes on after a failed accept, and keeps a
-// connection whose request had a body that nobody read (Go: of up to 256 KB).
+// Like Go's and unlike Deno.serve, it goes on after a failed accept. All else is
+// between the handler and its runtime.
 
 interface Server {
   url: string;
@@ -125,7 +125,7 @@ interface Server {
 async function listenAndServe(hostname: string, port: number, app: App) {
   const options = { hostname, port, onListen() {} }; // no line of Deno's own
   const start = () =>
-    Deno.serve(options, (request, info) => answer(app, request, info));
+    Deno.serve(options, (request, info) => app.fetch(request, info));
 
   const first = await start(); // on Node it takes a moment
   const { addr } = first;
@@ -164,18 +164,6 @@ async function listenAndServe(hostname: string, port: number, app: App) {
     finished: first.finished.then(takeOver, takeOver).then(shutdown),
     shutdown,
   };
-}
-
-/** Lets the app answer, on a connection that can be used again. */
-function answer(app: App, request: Request, info: object) {
-  // A body that is expected may never come, an upgrade's is no body.
-  const isPlainUpload = request.method !== "GET" &&
-    !request.headers.has("expect") && !request.headers.has("upgrade");
-  // Deno closes a connection if not all of a body is there, unless somebody has
-  // asked for it. Then it discards what nobody reads, once the answer is sent.
-  const onDeno = "completed" in info; // Node reads on anyway
-  if (isPlainUpload && onDeno) void request.body;
-  return app.fetch(request, info);
 }
 
 /** A host as URLs have it: an IPv6 address stands in brackets. */
@@ -343,7 +331,7 @@ export async function main(args: string[]): Promise<number> {
   for (const [k, app] of apps.entries()) {
     const i = first + k;
     if (verbose) app.use(logger(i));
-    app.all("*", withFaults(handler(i), faults));
+    app.all("*", withFaults(unread(handler(i)), faults));
   }
   let servers;
   try {
@@ -361,6 +349,20 @@ export async function main(args: string[]): Promise<number> {
   print("Press Ctrl+C to stop");
   await stopped;
   return 0;
+}
+
+/**
+ * The same handler, which reads no body. Told so, Deno discards it and keeps the
+ * connection, as Go does up to 256 KB; Node does so untold.
+ */
+function unread(inner: Handler): Handler {
+  return (c, next) => {
+    const isUpload = c.req.method !== "GET" && !c.req.header("expect");
+    if (isUpload && "completed" in c.env) { // on Deno
+      c.req.raw.body?.cancel().catch(() => {});
+    }
+    return inner(c, next);
+  };
 }
 
 /** @throws {RangeError} If the arguments make no sense */
