@@ -379,7 +379,7 @@ function parse(args: string[]) {
   // Of -vp3000, verbose is "p3000".
   const stuck = [flags.verbose, flags.help].find((x) => typeof x !== "boolean");
   if (stuck !== undefined) {
-    throw new RangeError(`a switch takes no value, got "${stuck}"`);
+    throw new RangeError(`--verbose and --help take no value, got "${stuck}"`);
   }
   if (flags.help) return null;
 

@@ -278,9 +278,9 @@ test("wrong command lines: what is wrong, and exit code 2", async () => {
     ["--hostname needs a value", "3", "-H"],
     [noDelay("60001"), "3", "--delay", "60001"],
     [noStatus("503,10"), "3", "--status=503,10"],
-    ['a switch takes no value, got "p3000"', "-vp3000", "1"],
-    ['a switch takes no value, got "0"', "-v0", "1"],
-    ['a switch takes no value, got "p3000"', "-hp3000"],
+    ['--verbose and --help take no value, got "p3000"', "-vp3000", "1"],
+    ['--verbose and --help take no value, got "0"', "-v0", "1"],
+    ['--verbose and --help take no value, got "p3000"', "-hp3000"],
     ['unknown option "-3"', "-3"],
     ['unknown option "--prot=5"', "3", "--prot=5"],
   ];
