@@ -19,16 +19,16 @@ import type * as declared from "./types.d.ts";
 
 const { handler, newApps, serveAll, withFaults } = program;
 
+type Test = (t: TestContext) => Promise<void>;
+
 /** A test that fails if it hangs: Node itself ends connections after 5 s. */
-function test(name: string, fn: (t: TestContext) => Promise<void>) {
-  nodeTest(name, { timeout: 4500 }, fn);
+function test(name: string, fn: Test, skip = false) {
+  nodeTest(name, { timeout: 4500, skip }, fn);
 }
 
 /** The same where links can be made, as on Windows not everywhere. */
-function linkTest(name: string, fn: (t: TestContext) => Promise<void>) {
-  const options = { timeout: 4500, skip: !links };
-  nodeTest(`${name} (needs links)`, options, fn);
-}
+const linkTest = (name: string, fn: Test) =>
+  test(`${name} (needs links)`, fn, !links);
 const probe = await fs.mkdtemp(join(tmpdir(), "multiserv-"));
 const links = await Promise.all([
   fs.symlink(probe, join(probe, "folder"), "junction"),
