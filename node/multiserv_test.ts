@@ -10,6 +10,7 @@ import { dirname, join } from "node:path";
 import process from "node:process";
 import { text } from "node:stream/consumers";
 import { test as nodeTest, type TestContext } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import type { HttpBindings } from "@hono/node-server";
 import type { Handler, Hono } from "npm:hono@^4";
@@ -254,6 +255,20 @@ test("an upload that is refused half way soon ends", async (t) => {
   const [answer] = await once(socket, "data");
   assert.match(`${answer}`, /^HTTP\/1.1 413 /);
   await new Promise((closed) => socket.resume().once("close", closed));
+});
+
+test("an upload that goes on at the end costs no answer", async (t) => {
+  const { url, shutdown } = await serving(t);
+  const start = head("POST /", "content-length: 9") + "x";
+  const socket = await dial(t, url, start);
+  await once(socket, "readable"); // the answer is there, and not read yet
+  const ended = shutdown();
+  for (let k = 0; k < 8; k++) { // a client that is slow to send
+    await sleep(10);
+    socket.write("x");
+  }
+  assert.match(await text(socket), /hello from handler 0$/);
+  await ended;
 });
 
 test("no upload holds up the end, nor does its client's leaving", async (t) => {
