@@ -27,7 +27,7 @@ function test(name: string, fn: Test, skip = false) {
   nodeTest(name, { timeout: 4500, skip }, fn);
 }
 
-/** The same where links can be made, as on Windows not everywhere. */
+/** A test that makes links, which not everybody may on Windows. */
 const linkTest = (name: string, fn: Test) =>
   test(`${name} (needs links)`, fn, !links);
 const probe = await fs.mkdtemp(join(tmpdir(), "multiserv-"));
