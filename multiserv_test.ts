@@ -561,9 +561,11 @@ function start([file = "", ...args]: string[], stdin = "", cwd = root) {
   return { child, stdout, stderr, kill, end };
 }
 
-/** Starts them in a shell, where `"$@"` is the words. */
-const startInShell = (line: string, words: string[], stdin = "") =>
-  start(["sh", "-c", line, "sh", ...words], stdin);
+/** Words for a line of shell, where `"$@"` is the words. */
+const inShell = (
+  line: string,
+  words: string[],
+) => ["sh", "-c", line, "sh", ...words];
 
 /** Starts main for two servers, in a program that outlives it. */
 async function startMain() {
@@ -657,7 +659,7 @@ test("its options, and a log that no request can spoil", async () => {
 
 test("too many open files: the hint names ulimit -n", async () => {
   const line = 'ulimit -n 100; exec "$@" 200 -p0';
-  const { code, stdout, stderr } = await startInShell(line, command).end();
+  const { code, stdout, stderr } = await start(inShell(line, command)).end();
   const why = "too many open files\nRaise ulimit -n or start fewer\n";
   assert(stderr.endsWith(`cannot be opened: ${why}`), stderr);
   assertEquals([code, stdout], [1, ""]);
@@ -667,7 +669,7 @@ test("a closed pipe or a full disk costs no answer", async () => {
   for (const spoil of ["", ">/dev/full 2>&1", ">&- 2>&-"]) {
     const port = await freePorts(1);
     const line = `exec "$@" 1 -v -p ${port} ${spoil}`;
-    const { child, kill, end } = startInShell(line, command);
+    const { child, kill, end } = start(inShell(line, command));
     child.stdout.destroy(); // a closed pipe
     child.stderr.destroy();
     await untilAnswering(urlOf(port));
@@ -678,7 +680,7 @@ test("a closed pipe or a full disk costs no answer", async () => {
 }, "Linux");
 
 /** Starts a program that serves an app; resolves once it listens. */
-async function startServing(routes: string, line = 'exec "$@"') {
+async function startServing(routes: string, words = onStdin) {
   const program = `
     import { handler, newApps, serveAll } from "./multiserv.ts";
     const app = newApps(1)[0].get("/", handler(0))${routes};
@@ -686,7 +688,7 @@ async function startServing(routes: string, line = 'exec "$@"') {
     console.log(servers.urls[0]);
     await servers.finished;
     console.log("finished");`;
-  const started = startInShell(line, onStdin, program);
+  const started = start(words, program);
   const url = (await started.stdout.until("\n")).trim();
   return { url, port: Number(new URL(url).port), ...started };
 }
@@ -699,7 +701,7 @@ test("too many clients: it goes on with what it has begun", async () => {
     console.log("answered");
     return c.text(text);
   })`;
-  const few = 'ulimit -n 64; exec "$@"';
+  const few = inShell('ulimit -n 64; exec "$@"', onStdin);
   const { url, port, end } = await startServing(routes, few);
   const upload = await dial(port, post(1000).slice(0, -900));
   const crowd = Array.from({ length: 100 }, () => connect(port, "127.0.0.1"));
@@ -747,7 +749,7 @@ denoTest("a server that has ended listens again, once it can", async () => {
   await untilAnswering(url);
   kill("SIGKILL");
   assertEquals((await end()).stderr.split(again).length - 1, ends);
-}, "signals");
+});
 
 denoTest("asks for network access once", async () => {
   const ipv6 = await serveAll(newApps(1), { port: 0, hostname: "::1" })
@@ -861,7 +863,7 @@ denoTest("its scripts leave no server behind", async () => {
     const line = blockWith(text).replaceAll("deno run", `"${runtime}" run`)
       .replaceAll("multiserv.ts", `multiserv.ts -p ${port}`)
       .replace(/curl .* &/, "echo asked &");
-    return startInShell(line, []);
+    return start(inShell(line, []));
   };
   const { code, stdout } = await script("mkfifo").end();
   assertEquals([code, stdout], [0, "asked\n"]);
