@@ -561,11 +561,10 @@ function start([file = "", ...args]: string[], stdin = "", cwd = root) {
   return { child, stdout, stderr, kill, end };
 }
 
-/** Words for a line of shell, where `"$@"` is the words. */
-const inShell = (
-  line: string,
-  words: string[],
-) => ["sh", "-c", line, "sh", ...words];
+/** Words for a line of shell, in which `"$@"` are the given words. */
+function inShell(line: string, words: string[]) {
+  return ["sh", "-c", line, "sh", ...words];
+}
 
 /** Starts main for two servers, in a program that outlives it. */
 async function startMain() {
