@@ -98,55 +98,49 @@ test("a program that imports the adapter stays as it was", async (t) => {
   });
 });
 
-linkTest(
-  "the test of README.md passes where the folder is installed",
-  async (t) => {
-    const readme = await fs.readFile(join(root, "node/README.md"), "utf8");
-    const blocks = readme.split("```").filter((_, k) => k % 2 === 1);
-    const example = blocks.find((block) => block.includes('from "node:test"'));
-    assert.ok(example);
-    const folder = await project(t, {
-      "package.json": `{ "type": "module" }`,
-      "servers.test.ts": example.slice(example.indexOf("\n")),
-    });
-    // npm links a folder that it installs.
-    const modules = join(folder, "node_modules");
-    await fs.mkdir(modules);
-    const link = join(modules, "multiserv-node");
-    await fs.symlink(join(root, "node"), link, "junction");
-    const options = ["--test-reporter=tap", join(folder, "servers.test.ts")];
-    const { code, stdout } = await launch(t, ...options);
-    assert.equal(code, 0, stdout);
-    assert.match(stdout, /^# pass 1$/m);
-  },
-);
+linkTest("README.md's test passes where the folder is installed", async (t) => {
+  const readme = await fs.readFile(join(root, "node/README.md"), "utf8");
+  const blocks = readme.split("```").filter((_, k) => k % 2 === 1);
+  const example = blocks.find((block) => block.includes('from "node:test"'));
+  assert.ok(example);
+  const folder = await project(t, {
+    "package.json": `{ "type": "module" }`,
+    "servers.test.ts": example.slice(example.indexOf("\n")),
+  });
+  // npm links a folder that it installs.
+  const modules = join(folder, "node_modules");
+  await fs.mkdir(modules);
+  const link = join(modules, "multiserv-node");
+  await fs.symlink(join(root, "node"), link, "junction");
+  const options = ["--test-reporter=tap", join(folder, "servers.test.ts")];
+  const { code, stdout } = await launch(t, ...options);
+  assert.equal(code, 0, stdout);
+  assert.match(stdout, /^# pass 1$/m);
+});
 
-linkTest(
-  "runs below a package.json for CommonJS, and through a link",
-  async (t) => {
-    const paths = ["deno.ts", "hook.ts", "multiserv.ts", "package.json"]
-      .map((path) => `node/${path}`).concat("deno.json", "multiserv.ts");
-    const contents = paths.map(async (path) =>
-      [path, await fs.readFile(join(root, path), "utf8")] as const
-    );
-    const folder = await project(t, {
-      "package.json": `{ "type": "commonjs" }`,
-      ...Object.fromEntries(await Promise.all(contents)),
-    });
-    const modules = "node/node_modules";
-    await fs.symlink(join(root, modules), join(folder, modules), "junction");
-    const run = () => launch(t, join(folder, "node/multiserv.ts"));
-    const expected = "multiserv: n is missing\nTry --help\n";
-    assert.equal((await run()).stderr, expected);
+linkTest("runs below a CommonJS package.json, and by a link", async (t) => {
+  const paths = ["deno.ts", "hook.ts", "multiserv.ts", "package.json"]
+    .map((path) => `node/${path}`).concat("deno.json", "multiserv.ts");
+  const contents = paths.map(async (path) =>
+    [path, await fs.readFile(join(root, path), "utf8")] as const
+  );
+  const folder = await project(t, {
+    "package.json": `{ "type": "commonjs" }`,
+    ...Object.fromEntries(await Promise.all(contents)),
+  });
+  const modules = "node/node_modules";
+  await fs.symlink(join(root, modules), join(folder, modules), "junction");
+  const run = () => launch(t, join(folder, "node/multiserv.ts"));
+  const expected = "multiserv: n is missing\nTry --help\n";
+  assert.equal((await run()).stderr, expected);
 
-    // Nor does it matter where the program is, if a link leads there.
-    await fs.mkdir(join(folder, "elsewhere"));
-    const moved = join(folder, "elsewhere/multiserv.ts");
-    await fs.rename(join(folder, "multiserv.ts"), moved);
-    await fs.symlink(moved, join(folder, "multiserv.ts"));
-    assert.equal((await run()).stderr, expected);
-  },
-);
+  // Nor does it matter where the program is, if a link leads there.
+  await fs.mkdir(join(folder, "elsewhere"));
+  const moved = join(folder, "elsewhere/multiserv.ts");
+  await fs.rename(join(folder, "multiserv.ts"), moved);
+  await fs.symlink(moved, join(folder, "multiserv.ts"));
+  assert.equal((await run()).stderr, expected);
+});
 
 test("Node gets the same versions of the packages as Deno", async () => {
   const read = async (path: string) =>
