@@ -181,9 +181,11 @@ async function serving(apps: App[], port = 0) {
 /** The first of n free ports in a row, below those that clients are given. */
 async function freePorts(n: number, tries = 100): Promise<number> {
   const port = 11_000 + Math.floor(Math.random() * 20_000);
-  const servers = await serveAll(newApps(n), { port }).catch(() => null);
+  const servers = await serveAll(newApps(n), { port }).catch((error) => {
+    if (tries === 0) throw error;
+  });
   await servers?.shutdown();
-  return servers || tries === 0 ? port : freePorts(n, tries - 1);
+  return servers ? port : freePorts(n, tries - 1);
 }
 
 const urlOf = (port: number) => `http://127.0.0.1:${port}`;
@@ -631,7 +633,7 @@ test("unread uploads leave the connection as it is", async () => {
   assertEquals((await all()).includes("connection: close"), onDeno);
 }, "run");
 
-test("its options, and a log that no request can spoil", async () => {
+test("the command's options, and a log that no request can spoil", async () => {
   const options = ["-p0", "-f3", "--status", "503", "--delay=1:100", "-v"];
   const { stdout, stderr } = start([...command, ...options, "2"]);
   const form = /^handler 3 .+\nhandler 4 listening on http:.+:(\d{4,})\n$/;
@@ -808,7 +810,7 @@ for (const k of [0, 1, 2, 3]) {
   });
 }
 
-denoTest("the command says what it shows, with no file beside it", async () => {
+denoTest("multiserv.ts alone says what README.md shows", async () => {
   const lines = [0, 1, 2].map((i) => ready(1024, i)).join("") + howToStop;
   assertEquals(readme.split(lines).length, 3); // here, and on Node
   const port = await freePorts(3);
@@ -833,10 +835,13 @@ denoTest("the command says what it shows, with no file beside it", async () => {
 });
 
 denoTest("idea.ts serves n, with the route that blocks it", async () => {
+  const idea = blockWith("Deno.args[0]");
+  const { code, stderr } = await start(checked, idea).end();
+  assertEquals(code, 1);
+  assert(stderr.startsWith("Usage: "), stderr);
   const port = await freePorts(3);
   const all = '  app.all("*"';
-  const program = blockWith("Deno.args[0]")
-    .replace("1024", "Number(Deno.args[1])")
+  const program = idea.replace("1024", "Number(Deno.args[1])")
     .replace(all, `${blockWith("/block")}\n${all}`);
   start([...checked, "3", `${port}`], program);
   await untilAnswering(urlOf(port));
@@ -850,13 +855,15 @@ denoTest("fleet.ts has a slow and a flaky node", async () => {
     .replace("(apps)", "(apps, { port: Number(Deno.args[0]) })")
     .replace("delay: 2000", "delay: 200"); // to be quick
   await start([...checked, `${port}`], program).stdout.until("\n", 20);
-  await assertHello(urlOf(port + 17), 17);
+  const [slow, quick] = [17, 16].map((i) => get(urlOf(port + i)));
+  assertEquals(await Promise.race([slow, quick]), "hello from handler 16");
+  assertEquals(await slow, "hello from handler 17");
   const ask = async () => (await dial(port + 18, head("GET /"))).answer();
   while (await ask() !== "503 hello from handler 18");
   while (await ask() !== "200 hello from handler 18");
 });
 
-denoTest("its scripts leave no server behind", async () => {
+denoTest("scripts of README.md leave no server behind", async () => {
   const port = await freePorts(20);
   const script = (text: string) => {
     const line = blockWith(text).replaceAll("deno run", `"${runtime}" run`)
